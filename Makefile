@@ -1,0 +1,43 @@
+# Everything runs in a virtual environment of the checkout, made on first use from the pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help compare test test-gpu lint format clean
+
+help:
+	@echo "make compare   time SyncBN against what there is (on a GPU if there is one); ARGS='--help' for options"
+	@echo "make test      run the tests that need no GPU"
+	@echo "make test-gpu  run the tests that need one"
+	@echo "make lint      check style and types; make format to mend style"
+	@echo "make clean     remove the virtual environment and build files"
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+.venv/linters: .venv/installed
+	$(INSTALL) mypy pandas-stubs ruff types-tqdm
+	@touch $@
+
+compare: .venv/installed
+	$(BIN)/python perf/compare.py $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: .venv/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,126 @@
+"""grad_input: reads dy and x once, writes dx once.
+
+dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch
+(Ioffe and Szegedy 2015, "Batch Normalization", section 3, with the sums of their chain rule
+gathered). Like the mean of x, the mean of dy is taken off in two float32 parts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .indexing import (
+    channels_of_tile,
+    geometry,
+    locate_output_tile,
+    spread,
+    tiles_of_program,
+)
+from .launch_config import LaunchConfig, compute_dtype, default_config, output_grid
+from .statistics import cast_down, load_parameter, mean_and_variance, split_high_low
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "columns", "splits", "reciprocal"])
+def grad_input_kernel(
+    grad_input,
+    grad_output,
+    input,
+    moments,
+    grad_moments,
+    weight,
+    eps: tl.float64,
+    rows,
+    channels,
+    columns,
+    splits,
+    reciprocal,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    SPAN_ROWS: tl.constexpr,
+):
+    block, last_tile, tiles = tiles_of_program(
+        tl.program_id(0), rows, channels, columns, splits, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    channel, mask, row = channels_of_tile(
+        last_tile, block, channels, columns, reciprocal, CHANNELS_LAST, BLOCK_COLUMNS, SPAN_ROWS
+    )
+    mean, variance, count = mean_and_variance(moments, channel, mask, channels)
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    count = tl.maximum(count, 1.0)
+    grad_mean = tl.load(grad_moments + channel, mask=mask, other=0.0) / count
+    product_mean = tl.load(grad_moments + channels + channel, mask=mask, other=0.0) / count
+    mean_high, mean_low = split_high_low(mean, COMPUTE)
+    grad_high, grad_low = split_high_low(grad_mean, COMPUTE)
+    # dx = (dy - grad_high) * scale + (x - mean_high) * slope + shift
+    scale = load_parameter(weight, channel, mask, 1.0) * rstd
+    slope = -scale * rstd * product_mean
+    shift = -scale * grad_low.to(tl.float64) - slope * mean_low.to(tl.float64)
+    mean_high = spread(mean_high, row, CHANNELS_LAST, SPAN_ROWS)
+    grad_high = spread(grad_high, row, CHANNELS_LAST, SPAN_ROWS)
+    scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
+    slope = spread(slope.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
+    shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
+    for step in range(0, tiles):
+        offsets, present = locate_output_tile(
+            last_tile - step * splits,
+            block,
+            rows,
+            channels,
+            columns,
+            CHANNELS_LAST,
+            VECTOR,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+        grad = tl.load(grad_output + offsets, mask=present, other=0.0).to(COMPUTE)
+        value = tl.load(input + offsets, mask=present, other=0.0).to(COMPUTE)
+        result = (grad - grad_high) * scale + ((value - mean_high) * slope + shift)
+        tl.store(grad_input + offsets, cast_down(result, grad_input.dtype.element_ty), mask=present)
+
+
+def grad_input(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    moments: torch.Tensor,
+    grad_moments: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """Gradient of the input, like the input (N, C, *spatial); grad_output lies in memory as the
+    input does.
+
+    moments: float64 [2C + 1] and grad_moments: float64 [2C], both of the global batch. weight: [C]
+    or None.
+    """
+    shape = geometry(input)
+    config = config or default_config("grad_input", shape, input.device)
+    output = torch.empty_like(input)
+    programs, span_rows, reciprocal = output_grid(shape, config)
+    if programs == 0:  # an empty channels-first tensor has no block
+        return output
+    grad_input_kernel[(programs,)](
+        output,
+        grad_output,
+        input,
+        moments,
+        grad_moments,
+        weight,
+        eps,
+        shape.rows,
+        shape.channels,
+        shape.columns,
+        config.programs,
+        reciprocal,
+        CHANNELS_LAST=shape.channels_last,
+        VECTOR=shape.vector,
+        COMPUTE=compute_dtype(input),
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_COLUMNS=config.block_columns,
+        SPAN_ROWS=span_rows,
+        num_warps=config.num_warps,
+    )
+    return output

@@ -1,0 +1,146 @@
+"""grad_moments: reads dy and x once; writes sum(dy), sum(dy * xhat) of each channel, float64 [2C],
+and dweight, dbias.
+
+The sums are those of this rank alone: all-reduced they give the two means in the gradient of the
+input, and as they are they are the gradients of bias and weight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .combine import add_splits, workspace
+from .indexing import channels_of_block, cut_rows, geometry, locate_tile, sum_over_values
+from .launch_config import LaunchConfig, compute_dtype, default_config
+from .statistics import cast_down, mean_and_variance, split_high_low
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "columns", "splits"])
+def grad_moments_kernel(
+    grad_moments,
+    grad_weight,
+    grad_bias,
+    grad_output,
+    input,
+    moments,
+    partials,
+    arrivals,
+    eps: tl.float64,
+    rows,
+    channels,
+    columns,
+    splits,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Program (b, s) reduces tiles s, s + splits, ... of channel (or block of channels) b."""
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    channel, mask = channels_of_block(block, channels, CHANNELS_LAST, BLOCK_COLUMNS)
+    tiles = tl.cdiv(rows, BLOCK_ROWS)
+    if not CHANNELS_LAST:
+        tiles *= cut_rows(columns, VECTOR, BLOCK_COLUMNS)[0]
+
+    mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    mean_high, mean_low = split_high_low(mean, COMPUTE)
+    offset = (-rstd * mean_low.to(tl.float64)).to(COMPUTE)
+    rstd = rstd.to(COMPUTE)
+
+    grads = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
+    products = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
+    for step in range(0, tl.cdiv(tiles - split, splits)):
+        offsets, load, valid, _number = locate_tile(
+            split + step * splits,
+            block,
+            rows,
+            channels,
+            columns,
+            CHANNELS_LAST,
+            VECTOR,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+        grad = tl.load(grad_output + offsets, mask=load, other=0.0).to(COMPUTE)
+        value = tl.load(input + offsets, mask=load, other=0.0).to(COMPUTE)
+        normalized = (value - mean_high) * rstd + offset
+        grads += tl.where(valid, grad, 0.0)
+        products += tl.where(valid, grad * normalized, 0.0)
+
+    first, second, last = add_splits(
+        sum_over_values(grads, CHANNELS_LAST).to(tl.float64),
+        sum_over_values(products, CHANNELS_LAST).to(tl.float64),
+        partials,
+        arrivals,
+        block,
+        channel,
+        mask,
+        channels,
+        splits,
+        SPLIT,
+    )
+    mask = mask & last
+    tl.store(grad_moments + channel, first, mask=mask)
+    tl.store(grad_moments + channels + channel, second, mask=mask)
+    if grad_bias is not None:
+        tl.store(grad_bias + channel, cast_down(first, grad_bias.dtype.element_ty), mask=mask)
+    if grad_weight is not None:
+        tl.store(grad_weight + channel, cast_down(second, grad_weight.dtype.element_ty), mask=mask)
+
+
+def grad_moments(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    moments: torch.Tensor,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over the gradient of (N, C, *spatial), which lies in memory as the input does; N may be
+    0.
+
+    moments: float64 [2C + 1], of the global batch. Returns float64 [2C], sum(dy) of each channel
+    and sum(dy * xhat) of each channel; the gradient of weight, [C] of weight_dtype; that of bias,
+    [C] of bias_dtype. A gradient whose dtype is None is not made: its tensor is empty.
+    """
+    shape = geometry(input)
+    config = config or default_config("grad_moments", shape, input.device)
+    blocks = (
+        triton.cdiv(shape.channels, config.block_columns) if shape.channels_last else shape.channels
+    )
+    output = torch.empty(2 * shape.channels, dtype=torch.float64, device=input.device)
+    grad_weight = torch.empty(
+        shape.channels if weight_dtype else 0, dtype=weight_dtype, device=input.device
+    )
+    grad_bias = torch.empty(
+        shape.channels if bias_dtype else 0, dtype=bias_dtype, device=input.device
+    )
+    partials, arrivals = workspace(input, shape.channels, blocks, config.programs)
+    grad_moments_kernel[(blocks, config.programs)](
+        output,
+        grad_weight if weight_dtype else None,
+        grad_bias if bias_dtype else None,
+        grad_output,
+        input,
+        moments,
+        partials,
+        arrivals,
+        eps,
+        shape.rows,
+        shape.channels,
+        shape.columns,
+        config.programs,
+        CHANNELS_LAST=shape.channels_last,
+        VECTOR=shape.vector,
+        COMPUTE=compute_dtype(input),
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_COLUMNS=config.block_columns,
+        SPLIT=config.programs > 1,
+        num_warps=config.num_warps,
+    )
+    return output, grad_weight, grad_bias

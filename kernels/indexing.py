@@ -1,0 +1,246 @@
+"""Where the values of a channel lie in memory, in the two layouts that the kernels walk.
+
+A tensor of shape (N, C, *spatial), S = product of the spatial sizes, is seen as
+
+    channels first   N x C rows of S values; a row belongs to one channel
+    channels last    N * S rows of C values; a column belongs to one channel
+
+Reductions read tiles of [BLOCK_ROWS, BLOCK_COLUMNS]: in channels-last memory rows x channels, in
+channels-first memory samples x positions of one channel. The columns of a tile are consecutive in
+memory. All sizes are 64-bit where they are multiplied, so tensors may have 2**31 elements and more.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+VECTOR_BYTES = 16  # the widest load and store of one thread
+
+
+class Geometry(NamedTuple):
+    """A dense tensor as the kernels see it: its sizes, and the elements of one access."""
+
+    channels_last: bool
+    rows: int  # channels first: N; channels last: N * S
+    channels: int
+    columns: int  # consecutive values of one channel in memory: S; channels last: 1
+    vector: int  # elements in an aligned access, a power of two
+
+    @property
+    def values(self) -> int:
+        """Values of one channel."""
+        return self.rows * self.columns
+
+
+def geometry(tensor: torch.Tensor) -> Geometry:
+    """See a tensor (N, C, *spatial), dense in either layout, as rows and columns."""
+    samples, channels = tensor.shape[:2]
+    positions = math.prod(tensor.shape[2:])
+    widest = VECTOR_BYTES // tensor.element_size()
+    if positions == 1 or not tensor.is_contiguous():
+        return Geometry(True, samples * positions, channels, 1, math.gcd(channels, widest))
+    if channels == 1:
+        samples, positions = 1, samples * positions
+    # A row may start anywhere; it is read as the aligned vectors that cover it, and the last of
+    # those ends inside the tensor only if the tensor is a whole number of vectors.
+    return Geometry(False, samples, channels, positions, math.gcd(tensor.numel(), widest))
+
+
+def count_tiles(shape: Geometry, block_rows: int, block_columns: int) -> int:
+    """Tiles of one channel (channels first) or of one block of channels (channels last)."""
+    chunks = 1
+    if not shape.channels_last:
+        slack = shape.vector - 1 if shape.columns % shape.vector else 0
+        chunks = triton.cdiv(shape.columns + slack, block_columns)
+    return triton.cdiv(shape.rows, block_rows) * chunks
+
+
+@triton.jit
+def channels_of_block(block, channels, CHANNELS_LAST: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The channels that a program reduces, [1, BLOCK_COLUMNS] or [1, 1], and which exist."""
+    if CHANNELS_LAST:
+        channel = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    else:
+        channel = block + tl.arange(0, 1)[None, :]
+    return channel, channel < channels
+
+
+@triton.jit
+def cut_rows(columns, VECTOR: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Cut a channels-first row into chunks that fit a tile, equal to within one vector, so that
+    none is short.
+
+    Returns the number of chunks, the vectors of a chunk, and how many chunks (the first ones) hold
+    a vector more.
+    """
+    rest = columns % VECTOR  # where it is 0 every row is aligned
+    vectors = columns // VECTOR + tl.where(rest == 0, 0, tl.where(rest == 1, 1, 2))
+    chunks = tl.maximum(tl.cdiv(vectors, BLOCK_COLUMNS // VECTOR), 1)
+    return chunks, vectors // chunks, vectors % chunks
+
+
+@triton.jit
+def locate_tile(
+    tile,
+    block,
+    rows,
+    channels,
+    columns,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Place tile number `tile` of a channel, or of a block of channels.
+
+    Returns offsets int64 [BLOCK_ROWS, BLOCK_COLUMNS]; the mask of what to load, constant over whole
+    vectors; the mask of what belongs to the channel; and how many values of each channel the tile
+    holds.
+    """
+    row = tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
+    lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    vector_start = lane // VECTOR * VECTOR
+    if CHANNELS_LAST:
+        first_row = tile.to(tl.int64) * BLOCK_ROWS
+        row += first_row
+        first = block * BLOCK_COLUMNS
+        offsets = row * (channels // VECTOR * VECTOR) + (first + lane)
+        mask = (row < rows) & (first + vector_start < channels)
+        valid = mask
+        number = tl.minimum(rows - first_row, BLOCK_ROWS)
+    else:
+        chunks, chunk_vectors, longer_chunks = cut_rows(columns, VECTOR, BLOCK_COLUMNS)
+        first_row = (tile // chunks).to(tl.int64) * BLOCK_ROWS
+        chunk = tile % chunks
+        row += first_row
+        row_start = (row * channels + block) * columns
+        aligned_start = row_start // VECTOR * VECTOR
+        before = row_start - aligned_start  # values of the row before, in the first vector
+        first = (chunk * chunk_vectors + tl.minimum(chunk, longer_chunks)).to(tl.int64) * VECTOR
+        size = (chunk_vectors + tl.where(chunk < longer_chunks, 1, 0)) * VECTOR
+        begin = tl.maximum(before - first, 0).to(tl.int32)
+        end = tl.minimum(before + columns - first, size)
+        end = tl.where(row < rows, end, 0).to(tl.int32)
+        offsets = (aligned_start + first) + lane
+        mask = vector_start < end
+        valid = (lane >= begin) & (lane < end)
+        if BLOCK_ROWS == 1:
+            number = tl.sum(tl.maximum(end - begin, 0))
+        else:  # several rows fit one tile only if no row is cut
+            number = tl.minimum(rows - first_row, BLOCK_ROWS) * columns
+    return offsets, mask, valid, tl.maximum(number, 0)
+
+
+@triton.jit
+def sum_over_values(tile, CHANNELS_LAST: tl.constexpr):
+    """Sum a tile over the values of each channel: [1, BLOCK_COLUMNS] or [1, 1]."""
+    total = tl.sum(tile, axis=0, keep_dims=True)
+    if not CHANNELS_LAST:
+        total = tl.sum(total, axis=1, keep_dims=True)
+    return total
+
+
+@triton.jit
+def tiles_of_program(
+    program,
+    rows,
+    channels,
+    columns,
+    splits,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """What a program writes: the block of channels, the tile it begins with, and how many tiles,
+    each `splits` before.
+
+    Tiles are taken from the end of the tensor to its start.
+    """
+    if CHANNELS_LAST:
+        blocks = tl.cdiv(channels, BLOCK_COLUMNS)
+        block = program % blocks
+        last_tile = tl.cdiv(rows, BLOCK_ROWS) - 1 - program // blocks
+        tiles = last_tile // splits + 1
+        tiles = tl.where(last_tile < 0, 0, tiles)
+    else:
+        block = 0
+        elements = rows.to(tl.int64) * channels * columns
+        last_tile = tl.cdiv(elements, BLOCK_COLUMNS) - 1 - program
+        tiles = 1
+    return block, last_tile, tiles
+
+
+@triton.jit
+def channels_of_tile(
+    tile,
+    block,
+    channels,
+    columns,
+    reciprocal,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    SPAN_ROWS: tl.constexpr,
+):
+    """The channels that a program writes [K], which of them exist, and for each element of a flat
+    block, of which.
+    """
+    lane = tl.arange(0, BLOCK_COLUMNS)
+    if CHANNELS_LAST:
+        channel = block * BLOCK_COLUMNS + lane
+        row = lane
+    else:
+        start = tile.to(tl.int64) * BLOCK_COLUMNS
+        first_row = start // columns
+        position = start - first_row * columns
+        channel = ((first_row + tl.arange(0, SPAN_ROWS)) % channels).to(tl.int32)
+        if SPAN_ROWS == 2:
+            row = (lane >= tl.minimum(columns - position, BLOCK_COLUMNS).to(tl.int32)).to(tl.int32)
+        else:  # divides by columns, exactly: they are few enough for the rounding of the reciprocal
+            numerator = (position.to(tl.int32) + lane).to(tl.uint32)
+            row = tl.umulhi(numerator, reciprocal.to(tl.uint32)).to(tl.int32)
+    return channel, channel < channels, row
+
+
+@triton.jit
+def locate_output_tile(
+    tile,
+    block,
+    rows,
+    channels,
+    columns,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Offsets int64 [BLOCK_ROWS, BLOCK_COLUMNS] of a tile or, with one row, of a flat block, and
+    its mask.
+    """
+    if CHANNELS_LAST:
+        offsets, mask, _valid, _number = locate_tile(
+            tile, block, rows, channels, columns, CHANNELS_LAST, VECTOR, BLOCK_ROWS, BLOCK_COLUMNS
+        )
+    else:
+        lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
+        start = tile.to(tl.int64) * BLOCK_COLUMNS
+        left = tl.minimum(rows.to(tl.int64) * channels * columns - start, BLOCK_COLUMNS).to(
+            tl.int32
+        )
+        offsets = start + lane
+        mask = lane // VECTOR * VECTOR < left
+    return offsets, mask
+
+
+@triton.jit
+def spread(coefficient, row, CHANNELS_LAST: tl.constexpr, SPAN_ROWS: tl.constexpr):
+    """Bring one value a channel to each element of a tile: [1, BLOCK_COLUMNS]."""
+    if CHANNELS_LAST:
+        return coefficient[None, :]
+    elif SPAN_ROWS == 2:
+        first, second = tl.split(coefficient)
+        return tl.where(row > 0, second, first)[None, :]
+    else:
+        return tl.gather(coefficient, row, axis=0)[None, :]

@@ -1,0 +1,51 @@
+"""From the all-reduced moments of a channel to what the kernels multiply with. All arithmetic here
+is float64.
+
+The moments of a batch are float64 [2C + 1]: for each channel sum(x) = n * mean, for each channel
+sum(x**2) = M2 + n * mean**2, and n, the number of values of a channel.
+
+Every multiplication that feeds an addition is written as `tl.fma`: left to the compiler, the
+contraction could differ between two variants of a kernel, and with it the running statistics of two
+ranks whose inputs differ in layout.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mean_and_variance(moments, channel, mask, channels):
+    """Mean and biased variance, float64 like `channel`, and the count; an empty batch has mean and
+    variance 0.
+    """
+    count = tl.load(moments + 2 * channels)
+    divisor = tl.maximum(count, 1.0)
+    mean = tl.load(moments + channel, mask=mask, other=0.0) / divisor
+    mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) / divisor
+    variance = tl.fma(-mean, mean, mean_of_squares)
+    return mean, tl.where(variance < 0.0, 0.0, variance), count  # a NaN stays
+
+
+@triton.jit
+def split_high_low(value, COMPUTE: tl.constexpr):
+    """Two numbers of the compute dtype that add up to a float64 one."""
+    high = value.to(COMPUTE)
+    return high, (value - high.to(tl.float64)).to(COMPUTE)
+
+
+@triton.jit
+def cast_down(value, dtype: tl.constexpr):
+    """Round to a storage dtype, by way of float32 if it is shorter."""
+    if dtype == tl.float64:
+        return value.to(tl.float64)
+    else:
+        return value.to(tl.float32).to(dtype)
+
+
+@triton.jit
+def load_parameter(parameter, channel, mask, default):
+    """weight or bias of each channel in float64, or the default where the layer has none."""
+    if parameter is None:
+        return tl.zeros_like(channel).to(tl.float64) + default
+    else:
+        return tl.load(parameter + channel, mask=mask, other=0.0).to(tl.float64)

@@ -1,0 +1,23 @@
+"""Synchronized batch normalization: a drop-in for torch.nn.SyncBatchNorm, on Triton kernels."""
+
+import pathlib as _pathlib
+
+from .functional import sync_batch_norm
+from .module import SyncBN
+from .version import __version__
+
+__all__ = [
+    "SyncBN",
+    "__version__",
+    "convert_sync_batchnorm",
+    "revert_sync_batchnorm",
+    "sync_batch_norm",
+]
+
+convert_sync_batchnorm = SyncBN.convert_sync_batchnorm
+revert_sync_batchnorm = SyncBN.revert_sync_batchnorm
+
+# An installation holds the kernels in this folder; a checkout holds them beside it.
+_package = _pathlib.Path(__file__).resolve().parent
+if not (_package / "kernels").is_dir() and (_package.parent / "kernels" / "moments.py").is_file():
+    __path__.append(str(_package.parent))

@@ -1,0 +1,135 @@
+"""The autograd Function: moments, all_reduce, normalize; and its mirror in backward."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ops
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """Batch normalization with the statistics of all ranks of a group; one `dist.all_reduce` a
+    pass, or none at all.
+
+    The tensor on the wire is float64 and its size depends on the number of channels alone: [2C + 1]
+    in forward, [2C] in backward. Gradients of weight and bias stay those of this rank.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        """Normalize (N, C, *spatial); with a group, with the moments of all its ranks. Arguments
+        are not checked.
+        """
+        moments = ops.moments(input)
+        if group is not None:
+            dist.all_reduce(moments, group=group)
+        # The running buffers are not saved: they change again before backward if the layer is used
+        # twice.
+        ctx.save_for_backward(input, weight, moments)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.eps = eps
+        ctx.group = group
+        return ops.normalize(
+            input,
+            moments,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            momentum,
+            eps,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias."""
+        input, weight, moments = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _differentiable_gradients(
+                grad_output, input, weight, moments[-1], ctx.eps, ctx.group
+            )
+            dtypes = (input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype)
+            needed = (needs_input, needs_weight, needs_bias)
+            cast = [
+                g.to(d) if n else None for g, d, n in zip(gradients, dtypes, needed, strict=True)
+            ]
+            return (*cast, *[None] * 6)
+        grad_moments, grad_weight, grad_bias = ops.grad_moments(
+            grad_output,
+            input,
+            moments,
+            weight.dtype if needs_weight else None,
+            ctx.bias_dtype if needs_bias else None,
+            ctx.eps,
+        )
+        grad_input = None
+        if needs_input:
+            if ctx.group is not None:
+                dist.all_reduce(grad_moments, group=ctx.group)
+            grad_input = ops.grad_input(grad_output, input, moments, grad_moments, weight, ctx.eps)
+        return (
+            grad_input,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            *[None] * 6,
+        )
+
+
+class _DifferentiableAllReduce(torch.autograd.Function):
+    """Sum over the ranks, whose gradient is the sum of the gradients over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = sums.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _DifferentiableAllReduce.apply(grad.contiguous(), ctx.group), None
+
+
+def _differentiable_gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, count: Tensor, eps: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, weight and bias as a function that torch can differentiate again, in
+    float64.
+
+    Plain torch, for gradient penalties and the like; still one all_reduce, here of float64 [4, C].
+    """
+    others = [0, *range(2, input.dim())]
+    per_channel = (-1, *[1] * (input.dim() - 2))
+    value, grad = input.double(), grad_output.double()
+    sums = torch.stack(
+        [
+            value.sum(others),
+            (value * value).sum(others),
+            grad.sum(others),
+            (grad * value).sum(others),
+        ]
+    )
+    if group is not None:
+        sums = _DifferentiableAllReduce.apply(sums, group)
+    mean, mean_square, grad_mean, product_mean = (sums / count.clamp(min=1.0)).unbind()
+    rstd = ((mean_square - mean * mean).clamp(min=0.0) + eps).rsqrt()
+    projection = (product_mean - mean * grad_mean) * rstd
+    scale = rstd if weight is None else rstd * weight.double()
+    normalized = (value - mean.view(per_channel)) * rstd.view(per_channel)
+    grad_input = grad - grad_mean.view(per_channel) - normalized * projection.view(per_channel)
+    return grad_input * scale.view(per_channel), (grad * normalized).sum(others), grad.sum(others)

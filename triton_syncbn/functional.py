@@ -1,0 +1,178 @@
+"""The functional form, and the border: what a user passes is checked here, before any
+communication.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .function import SyncBatchNormFunction
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """Batch normalization (Ioffe and Szegedy 2015) with the mean and variance of the samples of all
+    ranks.
+
+    The signature is that of `torch.nn.functional.batch_norm`. All ranks of the group must make the
+    call, in the same order; any of them may bring no samples. In training there is one `all_reduce`
+    of 2C + 1 float64 numbers in forward and one of 2C in backward (none there if the input needs no
+    gradient); a process that is alone, or is not training, communicates nothing. Gradients of
+    weight and bias are those of this rank's samples; DistributedDataParallel or FSDP reduce them.
+
+    Args:
+        input: (N, C, *spatial) with any number of spatial dimensions, float16, bfloat16, float32 or
+        float64. Contiguous
+            and channels-last memory are read as they are, other strides through a copy.
+        running_mean, running_var: (C,), any of these dtypes, or both None. Updated in place in
+        training, by the mean
+            and the unbiased variance of the global batch; used as the statistics otherwise.
+        weight, bias: (C,), any of these dtypes, or None. training: whether to normalize with the
+        batch. Without running statistics the batch is used in any case, and if
+            not training, this rank's batch alone.
+        momentum: share of the new batch in the running statistics; None for the average over all
+        batches so far, which
+            needs `num_batches_tracked`.
+        eps: added to the variance. num_batches_tracked: int64 scalar, incremented in training, on
+        the device; an empty global batch does not count. process_group: the ranks to synchronize;
+        None for all of them.
+
+    Returns:
+        Shape and dtype of the input, and its memory layout where that was dense.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above, or not on the input's device;
+        or a training batch
+            of a process that is alone has one value a channel. Raised before any communication.
+    """
+    _check_tensors(input, running_mean, running_var, weight, bias)
+    group = _group_to_synchronize(process_group, training, input.device)
+    if num_batches_tracked is None and momentum is None and training and running_mean is not None:
+        raise ValueError(
+            "num_batches_tracked: expected an int64 tensor, as momentum is None; got None"
+        )
+    if eps < 0.0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+
+    if not training and running_mean is not None and running_var is not None:
+        return _normalize_with_buffers(input, running_mean, running_var, weight, bias, eps)
+    if not training:
+        num_batches_tracked = None
+    if group is None and input.numel() == input.shape[1]:
+        raise ValueError(
+            f"input: expected more than one value a channel in training, got shape {_shape(input)}"
+        )
+    return SyncBatchNormFunction.apply(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group
+    )
+
+
+def _normalize_with_buffers(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """torch's own batch_norm, in dtypes that it takes beside the input's."""
+    tensors: tuple[Any, ...] = (running_mean, running_var, weight, bias)
+    if any(tensor is not None and tensor.dtype != input.dtype for tensor in tensors):
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    mean, variance, weight, bias = tensors
+    return F.batch_norm(input, mean, variance, weight, bias, eps=eps)
+
+
+def _group_to_synchronize(
+    process_group: Any, training: bool, device: torch.device
+) -> dist.ProcessGroup | None:
+    """The group whose ranks share their statistics, or None if this process is alone or is not
+    training.
+    """
+    if process_group is None:
+        if not training or not dist.is_available() or not dist.is_initialized():
+            return None
+        process_group = dist.group.WORLD
+    elif not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        if dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "process_group: expected a group that this rank belongs to, got one without it"
+            )
+        raise TypeError(
+            "process_group: expected a torch.distributed.ProcessGroup or None, "
+            f"got {type(process_group).__name__}"
+        )
+    if not training or dist.get_world_size(process_group) == 1:
+        return None
+    if device.type != "cuda" and not torch.compiler.is_compiling():
+        backends = dist.get_backend_config(process_group)  # such as "cpu:gloo,cuda:nccl"
+        if f"{device.type}:" not in backends:
+            raise ValueError(
+                f"input: expected a device that the process group serves ({backends}), got {device}"
+            )
+    return process_group
+
+
+def _check_tensors(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a torch.Tensor, got {type(input).__name__}")
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
+    if input.dim() < 2:
+        raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            f"{missing}: expected a tensor, as the other running statistic is one; got None"
+        )
+    channels = input.shape[1]
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
+            )
+        if tensor.shape != (channels,):
+            raise ValueError(
+                f"{name}: expected shape ({channels},), the channels of an input {_shape(input)}; "
+                f"got {_shape(tensor)}"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name}: expected device {input.device}, that of the input; got {tensor.device}"
+            )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -1,0 +1,137 @@
+"""SyncBN, the layer."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import convert
+from .functional import sync_batch_norm
+
+
+class SyncBN(_BatchNorm):
+    """Batch normalization with the mean and variance of the samples of all ranks:
+    `torch.nn.SyncBatchNorm`, faster.
+
+    Signature and state_dict are those of `torch.nn.SyncBatchNorm`. In training any number of ranks,
+    with any split of the samples, gives the result of one big batch; in eval mode the running
+    statistics are used and nothing is communicated. See `sync_batch_norm` for the arithmetic.
+
+    A copy of the layer (`copy.deepcopy`) keeps the process group; a pickle does not, and comes back
+    with the default group.
+
+    Args:
+        num_features: C of the input (N, C, *spatial). eps: added to the variance. momentum: share
+        of the new batch in the running statistics, or None for the average over all batches.
+        affine: whether there are weight and bias, (C,) each. track_running_stats: whether there are
+        running statistics. Without them eval mode uses this rank's batch. process_group: the ranks
+        to synchronize; None for all of them. device, dtype: of parameters and buffers. bias: False
+        for a weight without a bias.
+
+    Raises:
+        TypeError, ValueError: see `sync_batch_norm`.
+    """
+
+    process_group: Any
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        if not bias:
+            self.register_parameter("bias", None)
+        self.process_group = process_group
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0 and the running statistics to those of no batch."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, num_features, *spatial); see `sync_batch_norm`."""
+        if isinstance(input, Tensor) and input.dim() > 1 and input.shape[1] != self.num_features:
+            raise ValueError(
+                f"input: expected {self.num_features} channels (num_features) in dimension 1, "
+                f"got shape {tuple(input.shape)}"
+            )
+        track = not self.training or self.track_running_stats
+        return sync_batch_norm(
+            input,
+            self.running_mean if track else None,
+            self.running_var if track else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+            num_batches_tracked=self.num_batches_tracked if track else None,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        """Settings of the layer; the ranks of its process group, if it has one of its own."""
+        settings = super().extra_repr()
+        if self.process_group is None:
+            return settings
+        return f"{settings}, process_group=ranks {dist.get_process_group_ranks(self.process_group)}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBN":
+        memo[id(self.process_group)] = self.process_group  # a group cannot be copied, only shared
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        duplicate.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return duplicate
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "process_group": None}  # a group cannot be pickled
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: torch.nn.Module, process_group: Any = None
+    ) -> torch.nn.Module:
+        """Turn every batch norm layer of a model into this class, in place.
+
+        Converted are `torch.nn.BatchNorm1d`, `2d`, `3d`, `torch.nn.SyncBatchNorm`, and subclasses
+        that keep their forward; a subclass with a forward of its own is left as it is, with a
+        warning. A layer keeps its identity and all it holds: parameters, buffers, training flag,
+        hooks, attributes, and every name it is registered under.
+
+        Args:
+            module: a model, or a layer. process_group: the ranks to synchronize; None for the group
+            a layer already has, else for all ranks.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: a lazy layer has not seen its first input.
+        """
+        return convert.convert_layers(module, cls, process_group)
+
+    @classmethod
+    def revert_sync_batchnorm(cls, module: torch.nn.Module) -> torch.nn.Module:
+        """Give every layer that `convert_sync_batchnorm` turned into this class its class back, in
+        place.
+
+        A layer that was made as a SyncBN becomes a `triton_syncbn.convert.BatchNorm`, batch
+        normalization of each process alone. Returns the module itself.
+        """
+        return convert.revert_layers(module, cls)

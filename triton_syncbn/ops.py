@@ -1,0 +1,154 @@
+"""The four steps as operators of torch: `torch.ops.triton_syncbn.*`, with schemas and shapes that
+torch.compile can trace.
+
+Each runs the Triton kernel where there is one for the device, else the plain-torch reference.
+Inputs are floating-point tensors (N, C, *spatial) of any strides; results lie in memory as the
+input does if that is dense in either layout (channels first or channels last), else channels first.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_SCHEMAS = {
+    "moments": "(Tensor input) -> Tensor",
+    "normalize": (
+        "(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+        "float? momentum, float eps) -> Tensor"
+    ),
+    "grad_moments": (
+        "(Tensor grad_output, Tensor input, Tensor moments, ScalarType? weight_dtype, "
+        "ScalarType? bias_dtype, float eps) -> (Tensor, Tensor, Tensor)"
+    ),
+    "grad_input": (
+        "(Tensor grad_output, Tensor input, Tensor moments, Tensor grad_moments, "
+        "Tensor? weight, float eps) -> Tensor"
+    ),
+}
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the channels of (N, C, *spatial) lie next to each other in memory, without gaps."""
+    return tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if the kernels can walk its memory, else a contiguous copy."""
+    if tensor.is_contiguous() or is_channels_last(tensor):
+        return tensor
+    return tensor.contiguous()
+
+
+def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """The tensor itself if it lies in memory as the dense `model` does, else a copy that does."""
+    if tensor.is_contiguous() if model.is_contiguous() else is_channels_last(tensor):
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+
+
+@functools.cache
+def _step(name: str, device_type: str) -> Callable[..., Any]:
+    """The implementation of a step for a type of device."""
+    if device_type == "cuda" or (
+        device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    ):
+        try:
+            module = importlib.import_module(f"triton_syncbn.kernels.{name}")
+            return getattr(module, name)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            warnings.warn(
+                "Triton is not installed: SyncBN runs in plain torch, which is slow", stacklevel=2
+            )
+    return getattr(reference, name)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, so make it that of the tensors."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def _moments(input: Tensor) -> Tensor:
+    with _on(input.device):
+        return _step("moments", input.device.type)(dense(input))
+
+
+def _normalize(input: Tensor, *arguments: Any) -> Tensor:
+    with _on(input.device):
+        return _step("normalize", input.device.type)(dense(input), *arguments)
+
+
+def _grad_moments(
+    grad_output: Tensor, input: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _on(input.device):
+        input = dense(input)
+        return _step("grad_moments", input.device.type)(
+            laid_out_like(grad_output, input), input, *arguments
+        )
+
+
+def _grad_input(grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+    with _on(input.device):
+        input = dense(input)
+        return _step("grad_input", input.device.type)(
+            laid_out_like(grad_output, input), input, *arguments
+        )
+
+
+def _moments_shape(input: Tensor) -> Tensor:
+    return input.new_empty(2 * input.shape[1] + 1, dtype=torch.float64)
+
+
+def _normalize_shape(input: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(dense(input))
+
+
+def _grad_moments_shape(
+    grad_output: Tensor,
+    input: Tensor,
+    moments: Tensor,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = input.shape[1]
+    return (
+        input.new_empty(2 * channels, dtype=torch.float64),
+        input.new_empty(channels if weight_dtype else 0, dtype=weight_dtype or torch.float32),
+        input.new_empty(channels if bias_dtype else 0, dtype=bias_dtype or torch.float32),
+    )
+
+
+def _grad_input_shape(grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(dense(input))
+
+
+_library = torch.library.Library("triton_syncbn", "DEF")
+for _name, _implementation, _shape in (
+    ("moments", _moments, _moments_shape),
+    ("normalize", _normalize, _normalize_shape),
+    ("grad_moments", _grad_moments, _grad_moments_shape),
+    ("grad_input", _grad_input, _grad_input_shape),
+):
+    _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"triton_syncbn::{_name}", _shape, lib=_library)
+
+moments = torch.ops.triton_syncbn.moments.default
+normalize = torch.ops.triton_syncbn.normalize.default
+grad_moments = torch.ops.triton_syncbn.grad_moments.default
+grad_input = torch.ops.triton_syncbn.grad_input.default

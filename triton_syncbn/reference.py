@@ -1,0 +1,150 @@
+"""The four steps in plain torch: for devices without the kernels, and as a second opinion on them.
+
+Shapes, dtypes, meaning and precision are those of the kernels' launchers: float32 arithmetic
+(float64 for float64 input) on deviations from the mean, sums and statistics of a channel in
+float64.
+"""
+
+import torch
+from torch import Tensor
+
+
+def moments(input: Tensor) -> Tensor:
+    """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2) and the
+    count.
+    """
+    others = _all_but_channels(input)
+    values = input.to(_compute_dtype(input))
+    count = values.numel() // values.shape[1]
+    shift = values.sum(others) / max(count, 1)
+    values = values - _per_channel(shift, input)
+    deviations = values.sum(others).double()
+    squares = values.square_().sum(others).double()
+    shift = shift.double()
+    shifted = shift * count
+    return torch.cat(
+        [
+            shifted + deviations,
+            squares + shift * (2 * deviations + shifted),
+            shift.new_full((1,), count),
+        ]
+    )
+
+
+def normalize(
+    input: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Normalize with the global moments; update the running statistics in place unless the global
+    batch is empty.
+    """
+    mean, variance, count = _mean_and_variance(moments)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_((count > 0).long())
+    if running_mean is not None and running_var is not None:
+        if momentum is None:
+            assert num_batches_tracked is not None
+            factor = 1.0 / num_batches_tracked.double().clamp(min=1.0)
+        else:
+            factor = torch.full_like(count, momentum)
+        factor = torch.where(count > 0, factor, 0.0)
+        unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            old = running.double()
+            running.copy_(old + factor * (batch - old))
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    high, low = _split_high_low(mean, input)
+    shift = -low * scale if bias is None else bias.double() - low * scale
+    return _scale_and_shift(input, high, scale, shift).to(input.dtype)
+
+
+def grad_moments(
+    grad_output: Tensor,
+    input: Tensor,
+    moments: Tensor,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(dy) and sum(dy * xhat) of each channel, float64 [2C], and from them the gradients of
+    weight and bias.
+    """
+    mean, variance, _ = _mean_and_variance(moments)
+    rstd = (variance + eps).rsqrt()
+    high, low = _split_high_low(mean, input)
+    normalized = _scale_and_shift(input, high, rstd, -low * rstd)
+    grad = grad_output.to(normalized.dtype)
+    grads = grad.sum(_all_but_channels(input)).double()
+    products = normalized.mul_(grad).sum(_all_but_channels(input)).double()
+    none = input.new_empty(0)
+    return (
+        torch.cat([grads, products]),
+        none if weight_dtype is None else products.to(weight_dtype, copy=True),
+        none.clone() if bias_dtype is None else grads.to(bias_dtype, copy=True),
+    )
+
+
+def grad_input(
+    grad_output: Tensor,
+    input: Tensor,
+    moments: Tensor,
+    grad_moments: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
+    mean, variance, count = _mean_and_variance(moments)
+    rstd = (variance + eps).rsqrt()
+    grad_mean, product_mean = (grad_moments / count.clamp(min=1.0)).chunk(2)
+    scale = rstd if weight is None else rstd * weight.double()
+    slope = -scale * rstd * product_mean
+    high, low = _split_high_low(mean, input)
+    grad_high, grad_low = _split_high_low(grad_mean, input)
+    result = _scale_and_shift(input, high, slope, -scale * grad_low - slope * low)
+    grad = grad_output.to(result.dtype) - _per_channel(grad_high, input)
+    return result.addcmul_(grad, _per_channel(scale.to(result.dtype), input)).to(input.dtype)
+
+
+def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total, squares, count = moments.tensor_split(((len(moments) - 1) // 2, len(moments) - 1))
+    count = count.squeeze(0)
+    divisor = count.clamp(min=1.0)
+    mean = total / divisor
+    return mean, (squares / divisor - mean * mean).clamp_(min=0.0), count
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _split_high_low(value: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """A number of the compute dtype, and what it lacks of a float64 one."""
+    high = value.to(_compute_dtype(input))
+    return high, value - high.double()
+
+
+def _scale_and_shift(input: Tensor, high: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(input - high) * scale + shift, in the compute dtype, which is that of `high`."""
+    deviations = input.to(high.dtype) - _per_channel(high, input)
+    return torch.addcmul(
+        _per_channel(shift.to(high.dtype), input),
+        deviations,
+        _per_channel(scale.to(high.dtype), input),
+    )
+
+
+def _all_but_channels(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
+
+
+def _per_channel(value: Tensor, input: Tensor) -> Tensor:
+    return value.view(-1, *[1] * (input.dim() - 2))
