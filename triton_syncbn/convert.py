@@ -26,25 +26,23 @@ class BatchNorm(_BatchNorm):
 
 
 def convert_layers(
-    module: torch.nn.Module, sync_class: type, process_group: Any
+    module: torch.nn.Module, sync_class: type[Any], process_group: Any
 ) -> torch.nn.Module:
     """Make every batch norm layer of a module a `sync_class`; see SyncBN.convert_sync_batchnorm."""
-    for name, found in module.named_modules():
-        layer: Any = found
+    for name, layer in module.named_modules():
         if isinstance(layer, sync_class):
             if process_group is not None:
                 layer.process_group = process_group
         elif isinstance(layer, _BatchNorm) and _may_convert(name, layer):
-            layer.converted_from = type(layer)
-            layer.process_group = process_group or getattr(layer, "process_group", None)
+            group = process_group or getattr(layer, "process_group", None)
+            layer.__dict__.update(converted_from=type(layer), process_group=group)
             layer.__class__ = sync_class
     return module
 
 
-def revert_layers(module: torch.nn.Module, sync_class: type) -> torch.nn.Module:
+def revert_layers(module: torch.nn.Module, sync_class: type[Any]) -> torch.nn.Module:
     """Give every `sync_class` of a module the class it had; see SyncBN.revert_sync_batchnorm."""
-    for found in module.modules():
-        layer: Any = found
+    for layer in module.modules():
         if isinstance(layer, sync_class):
             original = layer.__dict__.pop("converted_from", BatchNorm)
             if not issubclass(original, torch.nn.SyncBatchNorm):

@@ -1,0 +1,56 @@
+"""Set-up of all tests. With no GPU the kernels run in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+from tests import interpreter
+from tests.ranks import Ranks, pool
+
+torch.set_num_threads(1)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    interpreter.round_to_nearest_bfloat16()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+            id="interpreter",
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels run: interpreted on CPU tensors, or on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def reference_ranks() -> Ranks:
+    """Processes whose layer runs in plain torch."""
+    with pool(TRITON_INTERPRET="0") as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def kernel_ranks() -> Ranks:
+    """Processes whose layer runs the interpreted kernels."""
+    with pool(TRITON_INTERPRET="1") as ranks:
+        yield ranks
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    """Processes whose layer runs in plain torch; and then processes where it runs the kernels."""
+    return request.getfixturevalue(
+        "reference_ranks" if request.param == "reference" else "kernel_ranks"
+    )
