@@ -1,0 +1,85 @@
+"""A synchronized batch norm that sends what torch.nn.SyncBatchNorm sends, for machines where that
+one does not run.
+
+Forward gathers mean, 1/std and count of every rank, 2C + 1 float32 numbers each; backward
+all-reduces 2C. What a rank computes by itself is the plain-torch reference of triton_syncbn, so the
+two differ in communication, in what follows from it, and in nothing else.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from triton_syncbn import reference
+
+
+class _GatherFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        num_batches_tracked: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        total, squares, count = reference.moments(input).split((input.shape[1], input.shape[1], 1))
+        mean = total / count
+        rstd = (squares / count - mean * mean + eps).rsqrt()
+        mine = torch.cat([mean, rstd, count]).float()
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, mine)
+        means, rstds, counts = (
+            torch.stack(gathered).double().split((len(mean), len(mean), 1), dim=1)
+        )
+        squares = rstds.pow(-2) - eps + means * means
+        moments = torch.cat([(means * counts).sum(0), (squares * counts).sum(0), counts.sum(0)])
+        ctx.save_for_backward(input, weight, moments)
+        ctx.eps = eps
+        return reference.normalize(
+            input,
+            moments,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            momentum,
+            eps,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, moments = ctx.saved_tensors
+        sums, grad_weight, grad_bias = reference.grad_moments(
+            grad_output, input, moments, weight.dtype, weight.dtype, ctx.eps
+        )
+        sent = sums.float()
+        dist.all_reduce(sent)
+        grad_input = reference.grad_input(
+            grad_output, input, moments, sent.double(), weight, ctx.eps
+        )
+        return grad_input, grad_weight, grad_bias, *[None] * 5
+
+
+class GatherSyncBN(_BatchNorm):
+    """The layer; it runs in training on all ranks, each with samples."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, *spatial) with the statistics of all ranks."""
+        return _GatherFunction.apply(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.momentum,
+            self.eps,
+        )
