@@ -1,10 +1,10 @@
-"""Add up the sums of the programs that share a channel, within the launch that made them and in a
-fixed order.
-"""
+"""Add up the sums of programs that share a channel, in the same launch and in a fixed order."""
 
 import torch
 import triton
 import triton.language as tl
+
+COMBINED_AT_ONCE = tl.constexpr(1024)  # partial sums that one program reads in a step
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def add_splits(
         tl.store(mine + channels + channel, second, mask=mask)
         tl.debug_barrier()  # every thread's stores come before the arrival that publishes them
         last = tl.atomic_add(arrivals + block, 1, sem="acq_rel") == splits - 1
-        BLOCK: tl.constexpr = 128 if first.shape[1] <= 8 else 1024 // first.shape[1]
+        BLOCK: tl.constexpr = COMBINED_AT_ONCE // first.shape[1] if first.shape[1] > 8 else 128
         first = tl.zeros_like(first)
         second = tl.zeros_like(second)
         for start in range(0, tl.where(last, splits, 0), BLOCK):
@@ -64,11 +64,10 @@ def workspace(
     if splits == 1:
         return None, None
     partials = torch.empty((splits, 2, channels), dtype=torch.float64, device=input.device)
-    if not input.is_cuda:
+    if input.is_cuda and torch.cuda.is_current_stream_capturing():
         return partials, torch.zeros(blocks, dtype=torch.int32, device=input.device)
-    if torch.cuda.is_current_stream_capturing():
-        return partials, torch.zeros(blocks, dtype=torch.int32, device=input.device)
-    key = input.device.index, torch.cuda.current_stream(input.device).cuda_stream
+    stream = torch.cuda.current_stream(input.device).cuda_stream if input.is_cuda else 0
+    key = input.device.index, stream
     arrivals = _arrivals.get(key)
     if arrivals is None or arrivals.numel() < blocks:
         arrivals = torch.zeros(blocks, dtype=torch.int32, device=input.device)

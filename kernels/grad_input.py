@@ -40,18 +40,35 @@ def grad_input_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SPAN_ROWS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     block, last_tile, tiles = tiles_of_program(
-        tl.program_id(0), rows, channels, columns, splits, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+        tl.program_id(0),
+        rows,
+        channels,
+        columns,
+        splits,
+        CHANNELS_LAST,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        INDEX,
     )
     channel, mask, row = channels_of_tile(
-        last_tile, block, channels, columns, reciprocal, CHANNELS_LAST, BLOCK_COLUMNS, SPAN_ROWS
+        last_tile,
+        block,
+        channels,
+        columns,
+        reciprocal,
+        CHANNELS_LAST,
+        BLOCK_COLUMNS,
+        SPAN_ROWS,
+        INDEX,
     )
     mean, variance, count = mean_and_variance(moments, channel, mask, channels)
-    rstd = 1.0 / tl.sqrt(variance + eps)
-    count = tl.maximum(count, 1.0)
-    grad_mean = tl.load(grad_moments + channel, mask=mask, other=0.0) / count
-    product_mean = tl.load(grad_moments + channels + channel, mask=mask, other=0.0) / count
+    rstd = tl.rsqrt(variance + eps)
+    share = 1.0 / tl.maximum(count, 1.0)
+    grad_mean = tl.load(grad_moments + channel, mask=mask, other=0.0) * share
+    product_mean = tl.load(grad_moments + channels + channel, mask=mask, other=0.0) * share
     mean_high, mean_low = split_high_low(mean, COMPUTE)
     grad_high, grad_low = split_high_low(grad_mean, COMPUTE)
     # dx = (dy - grad_high) * scale + (x - mean_high) * slope + shift
@@ -74,6 +91,7 @@ def grad_input_kernel(
             VECTOR,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
+            INDEX,
         )
         grad = tl.load(grad_output + offsets, mask=present, other=0.0).to(COMPUTE)
         value = tl.load(input + offsets, mask=present, other=0.0).to(COMPUTE)
@@ -99,8 +117,8 @@ def grad_input(
     shape = geometry(input)
     config = config or default_config("grad_input", shape, input.device)
     output = torch.empty_like(input)
-    programs, span_rows, reciprocal = output_grid(shape, config)
-    if programs == 0:  # an empty channels-first tensor has no block
+    programs, span_rows, reciprocal, index = output_grid(shape, config)
+    if input.numel() == 0:
         return output
     grad_input_kernel[(programs,)](
         output,
@@ -121,6 +139,7 @@ def grad_input(
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
         SPAN_ROWS=span_rows,
+        INDEX=index,
         num_warps=config.num_warps,
     )
     return output

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .combine import add_splits, workspace
 from .indexing import channels_of_block, cut_rows, geometry, locate_tile, sum_over_values
-from .launch_config import LaunchConfig, compute_dtype, default_config
+from .launch_config import LaunchConfig, compute_dtype, default_config, reduction_blocks
 from .statistics import cast_down, mean_and_variance, split_high_low
 
 
@@ -46,7 +46,7 @@ def grad_moments_kernel(
         tiles *= cut_rows(columns, VECTOR, BLOCK_COLUMNS)[0]
 
     mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
-    rstd = 1.0 / tl.sqrt(variance + eps)
+    rstd = tl.rsqrt(variance + eps)
     mean_high, mean_low = split_high_low(mean, COMPUTE)
     offset = (-rstd * mean_low.to(tl.float64)).to(COMPUTE)
     rstd = rstd.to(COMPUTE)
@@ -110,9 +110,7 @@ def grad_moments(
     """
     shape = geometry(input)
     config = config or default_config("grad_moments", shape, input.device)
-    blocks = (
-        triton.cdiv(shape.channels, config.block_columns) if shape.channels_last else shape.channels
-    )
+    blocks = reduction_blocks(shape, config)
     output = torch.empty(2 * shape.channels, dtype=torch.float64, device=input.device)
     grad_weight = torch.empty(
         shape.channels if weight_dtype else 0, dtype=weight_dtype, device=input.device

@@ -7,7 +7,7 @@ A tensor of shape (N, C, *spatial), S = product of the spatial sizes, is seen as
 
 Reductions read tiles of [BLOCK_ROWS, BLOCK_COLUMNS]: in channels-last memory rows x channels, in
 channels-first memory samples x positions of one channel. The columns of a tile are consecutive in
-memory. All sizes are 64-bit where they are multiplied, so tensors may have 2**31 elements and more.
+memory. Offsets are 64-bit wherever a tensor may have 2**31 elements and more.
 """
 
 import math
@@ -70,8 +70,7 @@ def channels_of_block(block, channels, CHANNELS_LAST: tl.constexpr, BLOCK_COLUMN
 
 @triton.jit
 def cut_rows(columns, VECTOR: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Cut a channels-first row into chunks that fit a tile, equal to within one vector, so that
-    none is short.
+    """Cut a channels-first row into chunks that fit a tile and are equal to within one vector.
 
     Returns the number of chunks, the vectors of a chunk, and how many chunks (the first ones) hold
     a vector more.
@@ -153,9 +152,9 @@ def tiles_of_program(
     CHANNELS_LAST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """What a program writes: the block of channels, the tile it begins with, and how many tiles,
-    each `splits` before.
+    """What a program writes: block of channels, first tile, and how many, `splits` apart.
 
     Tiles are taken from the end of the tensor to its start.
     """
@@ -167,7 +166,7 @@ def tiles_of_program(
         tiles = tl.where(last_tile < 0, 0, tiles)
     else:
         block = 0
-        elements = rows.to(tl.int64) * channels * columns
+        elements = rows.to(INDEX) * channels * columns
         last_tile = tl.cdiv(elements, BLOCK_COLUMNS) - 1 - program
         tiles = 1
     return block, last_tile, tiles
@@ -183,19 +182,19 @@ def channels_of_tile(
     CHANNELS_LAST: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SPAN_ROWS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """The channels that a program writes [K], which of them exist, and for each element of a flat
-    block, of which.
-    """
+    """The channels that a program writes, [K]; which of them exist; whose each element of it is."""
     lane = tl.arange(0, BLOCK_COLUMNS)
     if CHANNELS_LAST:
         channel = block * BLOCK_COLUMNS + lane
         row = lane
     else:
-        start = tile.to(tl.int64) * BLOCK_COLUMNS
+        start = tile.to(INDEX) * BLOCK_COLUMNS
         first_row = start // columns
         position = start - first_row * columns
-        channel = ((first_row + tl.arange(0, SPAN_ROWS)) % channels).to(tl.int32)
+        first_channel = (first_row % channels).to(tl.int32)
+        channel = (first_channel + tl.arange(0, SPAN_ROWS)) % channels
         if SPAN_ROWS == 2:
             row = (lane >= tl.minimum(columns - position, BLOCK_COLUMNS).to(tl.int32)).to(tl.int32)
         else:  # divides by columns, exactly: they are few enough for the rounding of the reciprocal
@@ -215,22 +214,19 @@ def locate_output_tile(
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """Offsets int64 [BLOCK_ROWS, BLOCK_COLUMNS] of a tile or, with one row, of a flat block, and
-    its mask.
-    """
+    """Offsets and mask of a tile, [BLOCK_ROWS, BLOCK_COLUMNS], or of a flat block, one row."""
     if CHANNELS_LAST:
         offsets, mask, _valid, _number = locate_tile(
             tile, block, rows, channels, columns, CHANNELS_LAST, VECTOR, BLOCK_ROWS, BLOCK_COLUMNS
         )
     else:
         lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
-        start = tile.to(tl.int64) * BLOCK_COLUMNS
-        left = tl.minimum(rows.to(tl.int64) * channels * columns - start, BLOCK_COLUMNS).to(
-            tl.int32
-        )
+        start = tile.to(INDEX) * BLOCK_COLUMNS
+        left = tl.minimum(rows.to(INDEX) * channels * columns - start, BLOCK_COLUMNS)
         offsets = start + lane
-        mask = lane // VECTOR * VECTOR < left
+        mask = lane // VECTOR * VECTOR < left.to(tl.int32)
     return offsets, mask
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .combine import add_splits, workspace
 from .indexing import channels_of_block, cut_rows, geometry, locate_tile, sum_over_values
-from .launch_config import LaunchConfig, compute_dtype, default_config
+from .launch_config import LaunchConfig, compute_dtype, default_config, reduction_blocks
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "columns", "splits"])
@@ -104,9 +104,7 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
     """
     shape = geometry(input)
     config = config or default_config("moments", shape, input.device)
-    blocks = (
-        triton.cdiv(shape.channels, config.block_columns) if shape.channels_last else shape.channels
-    )
+    blocks = reduction_blocks(shape, config)
     output = torch.empty(2 * shape.channels + 1, dtype=torch.float64, device=input.device)
     partials, arrivals = workspace(input, shape.channels, blocks, config.programs)
     moments_kernel[(blocks, config.programs)](

@@ -90,6 +90,7 @@ def normalize_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SPAN_ROWS: tl.constexpr,
+    INDEX: tl.constexpr,
     STATISTICS_BLOCK: tl.constexpr,
 ):
     """Program 0 updates the running statistics, the others write y."""
@@ -107,13 +108,29 @@ def normalize_kernel(
         )
     else:
         block, last_tile, tiles = tiles_of_program(
-            program, rows, channels, columns, splits, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+            program,
+            rows,
+            channels,
+            columns,
+            splits,
+            CHANNELS_LAST,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            INDEX,
         )
         channel, mask, row = channels_of_tile(
-            last_tile, block, channels, columns, reciprocal, CHANNELS_LAST, BLOCK_COLUMNS, SPAN_ROWS
+            last_tile,
+            block,
+            channels,
+            columns,
+            reciprocal,
+            CHANNELS_LAST,
+            BLOCK_COLUMNS,
+            SPAN_ROWS,
+            INDEX,
         )
         mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
-        scale = load_parameter(weight, channel, mask, 1.0) / tl.sqrt(variance + eps)
+        scale = load_parameter(weight, channel, mask, 1.0) * tl.rsqrt(variance + eps)
         mean_high, mean_low = split_high_low(mean, COMPUTE)
         # y = (x - mean_high) * scale + shift
         shift = load_parameter(bias, channel, mask, 0.0) - scale * mean_low.to(tl.float64)
@@ -131,6 +148,7 @@ def normalize_kernel(
                 VECTOR,
                 BLOCK_ROWS,
                 BLOCK_COLUMNS,
+                INDEX,
             )
             value = tl.load(input + offsets, mask=present, other=0.0).to(COMPUTE)
             normalized = (value - mean_high) * scale + shift
@@ -159,7 +177,7 @@ def normalize(
     shape = geometry(input)
     config = config or default_config("normalize", shape, input.device)
     output = torch.empty_like(input)
-    programs, span_rows, reciprocal = output_grid(shape, config)
+    programs, span_rows, reciprocal, index = output_grid(shape, config)
     normalize_kernel[(programs + 1,)](
         output,
         input,
@@ -183,6 +201,7 @@ def normalize(
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
         SPAN_ROWS=span_rows,
+        INDEX=index,
         STATISTICS_BLOCK=STATISTICS_BLOCK,
         num_warps=config.num_warps,
     )

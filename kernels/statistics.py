@@ -19,9 +19,9 @@ def mean_and_variance(moments, channel, mask, channels):
     variance 0.
     """
     count = tl.load(moments + 2 * channels)
-    divisor = tl.maximum(count, 1.0)
-    mean = tl.load(moments + channel, mask=mask, other=0.0) / divisor
-    mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) / divisor
+    share = 1.0 / tl.maximum(count, 1.0)
+    mean = tl.load(moments + channel, mask=mask, other=0.0) * share
+    mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) * share
     variance = tl.fma(-mean, mean, mean_of_squares)
     return mean, tl.where(variance < 0.0, 0.0, variance), count  # a NaN stays
 

@@ -40,8 +40,10 @@ def test_the_command_ends_with_a_table_and_a_file(tmp_path):
     """On this machine: two processes on a CPU, or its GPU."""
     file = tmp_path / "results" / "rows.csv"
     done = subprocess.run(
-        [sys.executable, compare.__file__, "--suite", "edge", "--dtype", "fp32", "bf16"]
-        + ["--samples", "3", "--csv", str(file)],
+        [
+            *(sys.executable, compare.__file__, "--suite", "edge", "--dtype", "fp32", "bf16"),
+            *("--samples", "3", "--csv", str(file)),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

@@ -167,6 +167,34 @@ def test_a_config_never_changes_the_result(layout, tile, programs, device):
     assert oracle.relative_error(grad_input, reference.grad_input(*arguments)) <= 1e-6
 
 
+def test_offsets_of_64_bits(device, monkeypatch):
+    """Blocks of large tensors are addressed with 64 bits; here a small one is, with the same
+    result.
+    """
+    from triton_syncbn.kernels import launch_config
+
+    input = random((3, 5, 9, 6), torch.float32, device)
+    moments = reference.moments(input)
+    sums = torch.ones(10, dtype=torch.float64, device=device)
+    results = []
+    for threshold in (launch_config.WIDE_FROM, 0):
+        monkeypatch.setattr(launch_config, "WIDE_FROM", threshold)
+        buffers = [None] * 5
+        output = kernel("normalize", device)(input, moments, *buffers, 0.1, 1e-5)
+        grad_input = kernel("grad_input", device)(input, input, moments, sums, None, 1e-5)
+        results.append((output, grad_input))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_a_config_that_cuts_rows_in_tiles_of_several_is_an_error(device):
+    from triton_syncbn.kernels.launch_config import LaunchConfig
+
+    input = random((4, 2, 100), torch.float32, device)
+    with pytest.raises(ValueError, match="config: expected block_columns that hold a row of 100"):
+        kernel("moments", device)(input, LaunchConfig(2, 64, 1, 4))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_misaligned_storage(layout, device):
     """A tensor that starts one element into its storage, as a slice of a larger one does."""
