@@ -142,6 +142,26 @@ BAD_CALLS = {
     ),
     "one buffer": (lambda: {"running_var": None}, ValueError, "running_var: expected a tensor"),
     "no counter": (lambda: {"momentum": None}, ValueError, "num_batches_tracked: .*momentum"),
+    "float counter": (
+        lambda: {"num_batches_tracked": torch.tensor(0.0)},
+        TypeError,
+        r"num_batches_tracked: expected an int64.*torch\.float32",
+    ),
+    "counter elsewhere": (
+        lambda: {"num_batches_tracked": torch.tensor(0, device="meta")},
+        ValueError,
+        "num_batches_tracked: expected one number on cpu.*on meta",
+    ),
+    "strided buffer": (
+        lambda: {"running_mean": torch.zeros(CHANNELS, 2)[:, 0]},
+        ValueError,
+        r"running_mean: expected contiguous memory, got stride \(2,\)",
+    ),
+    "no channels": (
+        lambda: {"input": torch.randn(2, 0, 3)},
+        ValueError,
+        "input: expected at least one channel",
+    ),
     "negative eps": (lambda: {"eps": -1.0}, ValueError, r"eps: .*got -1\.0"),
     "not a group": (
         lambda: {"process_group": "everyone"},

@@ -156,6 +156,13 @@ def test_other_strides_are_handled():
         torch.testing.assert_close(strided.grad, leaf.grad)
 
 
+def test_strided_parameters():
+    input, weight, bias = torch.randn(4, 3, 5), torch.randn(3, 2), torch.randn(3, 4)
+    actual = sync_batch_norm(input, None, None, weight[:, 1], bias[:, 2], training=True)
+    expected = F.batch_norm(input, None, None, weight[:, 1], bias[:, 2], training=True)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_an_expanded_gradient():
     """sum().backward() sends one number expanded over the whole map."""
     input = torch.randn(4, 3, 5, requires_grad=True)

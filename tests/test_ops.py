@@ -81,6 +81,17 @@ def test_compiles_as_one_graph(world_size, reference_ranks):
     reference_ranks.run(compiled_and_eager, world_size)
 
 
+def test_one_graph_serves_all_shapes():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer = SyncBN(3)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for samples, size in ((2, 6), (3, 7), (5, 9)):
+        input = torch.randn(samples, 3, size, size + 1)
+        torch.testing.assert_close(compiled(input), layer(input))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_communication_is_recorded_by_the_tests(reference_ranks):
     """The counter of communication sees calls; without this a broken counter would pass tests."""
     ((first, second),) = reference_ranks.run(communicate_twice, 1)

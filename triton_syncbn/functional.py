@@ -38,32 +38,34 @@ def sync_batch_norm(
 
     Args:
         input: (N, C, *spatial) with any number of spatial dimensions, float16, bfloat16, float32 or
-        float64. Contiguous
-            and channels-last memory are read as they are, other strides through a copy.
+            float64. Contiguous and channels-last memory are read as they are, other strides
+            through a copy.
         running_mean, running_var: (C,), any of these dtypes, or both None. Updated in place in
-        training, by the mean
-            and the unbiased variance of the global batch; used as the statistics otherwise.
-        weight, bias: (C,), any of these dtypes, or None. training: whether to normalize with the
-        batch. Without running statistics the batch is used in any case, and if
-            not training, this rank's batch alone.
+            training, by the mean and the unbiased variance of the global batch; used as the
+            statistics otherwise.
+        weight, bias: (C,), any of these dtypes, or None.
+        training: whether to normalize with the batch. Without running statistics the batch is used
+            in any case, and if not training, this rank's batch alone.
         momentum: share of the new batch in the running statistics; None for the average over all
-        batches so far, which
-            needs `num_batches_tracked`.
-        eps: added to the variance. num_batches_tracked: int64 scalar, incremented in training, on
-        the device; an empty global batch does not count. process_group: the ranks to synchronize;
-        None for all of them.
+            batches so far, which needs `num_batches_tracked`.
+        eps: added to the variance.
+        num_batches_tracked: int64 scalar, incremented in training, on the device; an empty global
+            batch does not count.
+        process_group: the ranks to synchronize; None for all of them.
 
     Returns:
         Shape and dtype of the input, and its memory layout where that was dense.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above, or not on the input's device;
-        or a training batch
-            of a process that is alone has one value a channel. Raised before any communication.
+            or a training batch of a process that is alone has one value a channel. Raised before
+            any communication.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
     group = _group_to_synchronize(process_group, training, input.device)
-    if num_batches_tracked is None and momentum is None and training and running_mean is not None:
+    if num_batches_tracked is not None:
+        _check_counter(num_batches_tracked, input)
+    elif momentum is None and training and running_mean is not None:
         raise ValueError(
             "num_batches_tracked: expected an int64 tensor, as momentum is None; got None"
         )
@@ -79,7 +81,15 @@ def sync_batch_norm(
             f"input: expected more than one value a channel in training, got shape {_shape(input)}"
         )
     return SyncBatchNormFunction.apply(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group
+        input,
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        momentum,
+        eps,
+        group,
     )
 
 
@@ -143,6 +153,8 @@ def _check_tensors(
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
+    if input.shape[1] == 0:
+        raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
@@ -172,6 +184,19 @@ def _check_tensors(
             raise ValueError(
                 f"{name}: expected device {input.device}, that of the input; got {tensor.device}"
             )
+        if name.startswith("running") and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
+
+
+def _check_counter(num_batches_tracked: Tensor, input: Tensor) -> None:
+    if not isinstance(num_batches_tracked, Tensor) or num_batches_tracked.dtype != torch.int64:
+        got = getattr(num_batches_tracked, "dtype", type(num_batches_tracked).__name__)
+        raise TypeError(f"num_batches_tracked: expected an int64 tensor or None, got {got}")
+    if num_batches_tracked.numel() != 1 or num_batches_tracked.device != input.device:
+        raise ValueError(
+            f"num_batches_tracked: expected one number on {input.device}, that of the input; "
+            f"got shape {_shape(num_batches_tracked)} on {num_batches_tracked.device}"
+        )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -24,12 +24,16 @@ class SyncBN(_BatchNorm):
     with the default group.
 
     Args:
-        num_features: C of the input (N, C, *spatial). eps: added to the variance. momentum: share
-        of the new batch in the running statistics, or None for the average over all batches.
-        affine: whether there are weight and bias, (C,) each. track_running_stats: whether there are
-        running statistics. Without them eval mode uses this rank's batch. process_group: the ranks
-        to synchronize; None for all of them. device, dtype: of parameters and buffers. bias: False
-        for a weight without a bias.
+        num_features: C of the input (N, C, *spatial).
+        eps: added to the variance.
+        momentum: share of the new batch in the running statistics, or None for the average over
+            all batches.
+        affine: whether there are weight and bias, (C,) each.
+        track_running_stats: whether there are running statistics. Without them eval mode uses this
+            rank's batch.
+        process_group: the ranks to synchronize; None for all of them.
+        device, dtype: of parameters and buffers.
+        bias: False for a weight without a bias.
 
     Raises:
         TypeError, ValueError: see `sync_batch_norm`.
@@ -115,8 +119,9 @@ class SyncBN(_BatchNorm):
         hooks, attributes, and every name it is registered under.
 
         Args:
-            module: a model, or a layer. process_group: the ranks to synchronize; None for the group
-            a layer already has, else for all ranks.
+            module: a model, or a layer.
+            process_group: the ranks to synchronize; None for the group that a layer has already,
+                else for all ranks.
 
         Returns:
             The module itself.
@@ -128,8 +133,7 @@ class SyncBN(_BatchNorm):
 
     @classmethod
     def revert_sync_batchnorm(cls, module: torch.nn.Module) -> torch.nn.Module:
-        """Give every layer that `convert_sync_batchnorm` turned into this class its class back, in
-        place.
+        """Give every layer that was converted to this class its own class back, in place.
 
         A layer that was made as a SyncBN becomes a `triton_syncbn.convert.BatchNorm`, batch
         normalization of each process alone. Returns the module itself.
