@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help compare test test-gpu lint format clean
+.PHONY: help compare test test-gpu soak sanitize lint format clean
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one); ARGS='--help' for options"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
+	@echo "make soak      train many layers for many steps in four processes"
+	@echo "make sanitize  run the kernel tests on a GPU under compute-sanitizer"
 	@echo "make lint      check style and types; make format to mend style"
 	@echo "make clean     remove the virtual environment and build files"
 
@@ -29,6 +31,15 @@ test: .venv/installed
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+soak: .venv/installed
+	$(BIN)/python -m pytest tests/test_soak.py --soak-steps 300 $(ARGS)
+
+sanitize: .venv/installed
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -m gpu tests/test_kernels.py $(ARGS) || exit 1; \
+	done
 
 lint: .venv/linters
 	$(BIN)/ruff check .

@@ -17,6 +17,10 @@ if INTERPRETED:
     interpreter.round_to_nearest_bfloat16()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-steps", type=int, default=12, help="steps of tests/test_soak.py")
+
+
 @pytest.fixture(
     params=[
         pytest.param(
@@ -45,6 +49,13 @@ def reference_ranks() -> Ranks:
 def kernel_ranks() -> Ranks:
     """Processes whose layer runs the interpreted kernels."""
     with pool(TRITON_INTERPRET="1") as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def mortal_ranks() -> Ranks:
+    """Processes of which a test may kill some."""
+    with pool(TRITON_INTERPRET="0") as ranks:
         yield ranks
 
 

@@ -21,6 +21,7 @@ import torch.multiprocessing as multiprocessing
 from tests import interpreter
 
 TIMEOUT = timedelta(seconds=60)
+KILLED = "killed"  # what a rank returned whose process ended
 
 
 class Failure(Exception):
@@ -79,11 +80,25 @@ class Ranks:
             for rank in range(world_size):
                 call = pickle.dumps((function, rank, world_size, store, arguments))
                 self.connections[rank].send(call)
-            answers = [self.connections[rank].recv() for rank in range(world_size)]
+            answers = [self._receive(rank) for rank in range(world_size)]
+        self._bury()
         failures = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error]
         if failures:
             raise Failure("\n".join(failures))
         return [pickle.loads(answer) for answer, _ in answers]
+
+    def _receive(self, rank: int) -> tuple[bytes | None, str | None]:
+        try:
+            return self.connections[rank].recv()
+        except EOFError:
+            self.processes[rank].join()
+            return pickle.dumps(KILLED), None
+
+    def _bury(self) -> None:
+        """Forget processes that ended, so that the next run starts others."""
+        for index in reversed(range(len(self.processes))):
+            if self.processes[index].exitcode is not None:
+                del self.processes[index], self.connections[index]
 
     def stop(self) -> None:
         for connection in self.connections:

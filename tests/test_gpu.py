@@ -122,6 +122,7 @@ def synchronized_step(
         layer.momentum,
         layer.eps,
         group,
+        "layer",
     )
     output.backward(grad)
     return output

@@ -2,6 +2,7 @@
 
 import pathlib as _pathlib
 
+from .communication import debug
 from .functional import sync_batch_norm
 from .module import SyncBN
 from .version import __version__
@@ -10,6 +11,7 @@ __all__ = [
     "SyncBN",
     "__version__",
     "convert_sync_batchnorm",
+    "debug",
     "revert_sync_batchnorm",
     "sync_batch_norm",
 ]

@@ -31,11 +31,16 @@ def convert_layers(
     """Make every batch norm layer of a module a `sync_class`; see SyncBN.convert_sync_batchnorm."""
     for name, layer in module.named_modules():
         if isinstance(layer, sync_class):
+            layer.layer_name = name or layer.layer_name
             if process_group is not None:
                 layer.process_group = process_group
         elif isinstance(layer, _BatchNorm) and _may_convert(name, layer):
             group = process_group or getattr(layer, "process_group", None)
-            layer.__dict__.update(converted_from=type(layer), process_group=group)
+            layer.__dict__.update(
+                converted_from=type(layer),
+                process_group=group,
+                layer_name=name or type(layer).__name__,
+            )
             layer.__class__ = sync_class
     return module
 
@@ -45,6 +50,7 @@ def revert_layers(module: torch.nn.Module, sync_class: type[Any]) -> torch.nn.Mo
     for layer in module.modules():
         if isinstance(layer, sync_class):
             original = layer.__dict__.pop("converted_from", BatchNorm)
+            del layer.layer_name
             if not issubclass(original, torch.nn.SyncBatchNorm):
                 del layer.process_group
             layer.__class__ = original

@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
+from .communication import all_reduce
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """Batch normalization with the statistics of all ranks of a group; one `dist.all_reduce` a
-    pass, or none at all.
+    """Batch normalization with the statistics of all ranks of a group.
 
+    Each pass makes one `dist.all_reduce`, or none where there is no group.
     The tensor on the wire is float64 and its size depends on the number of channels alone: [2C + 1]
     in forward, [2C] in backward. Gradients of weight and bias stay those of this rank.
     """
@@ -28,20 +28,19 @@ class SyncBatchNormFunction(torch.autograd.Function):
         num_batches_tracked: Tensor | None,
         momentum: float | None,
         eps: float,
-        group: dist.ProcessGroup | None,
+        group: Any,
+        layer: str,
     ) -> Tensor:
-        """Normalize (N, C, *spatial); with a group, with the moments of all its ranks. Arguments
-        are not checked.
-        """
+        """Normalize (N, C, *spatial), unchecked; `layer` is its name in errors."""
         moments = ops.moments(input)
         if group is not None:
-            dist.all_reduce(moments, group=group)
-        # The running buffers are not saved: they change again before backward if the layer is used
-        # twice.
+            all_reduce(moments, group, layer, "forward")
+        # The running buffers are not saved: they change before backward if the layer runs twice.
         ctx.save_for_backward(input, weight, moments)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.eps = eps
         ctx.group = group
+        ctx.layer = layer
         return ops.normalize(
             input,
             moments,
@@ -61,14 +60,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _differentiable_gradients(
-                grad_output, input, weight, moments[-1], ctx.eps, ctx.group
+                grad_output, input, weight, moments[-1], ctx.eps, ctx.group, ctx.layer
             )
             dtypes = (input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype)
             needed = (needs_input, needs_weight, needs_bias)
             cast = [
                 g.to(d) if n else None for g, d, n in zip(gradients, dtypes, needed, strict=True)
             ]
-            return (*cast, *[None] * 6)
+            return (*cast, *[None] * 7)
         grad_moments, grad_weight, grad_bias = ops.grad_moments(
             grad_output,
             input,
@@ -80,13 +79,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
         grad_input = None
         if needs_input:
             if ctx.group is not None:
-                dist.all_reduce(grad_moments, group=ctx.group)
+                all_reduce(grad_moments, ctx.group, ctx.layer, "backward")
             grad_input = ops.grad_input(grad_output, input, moments, grad_moments, weight, ctx.eps)
         return (
             grad_input,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            *[None] * 6,
+            *[None] * 7,
         )
 
 
@@ -94,24 +93,30 @@ class _DifferentiableAllReduce(torch.autograd.Function):
     """Sum over the ranks, whose gradient is the sum of the gradients over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, sums: Tensor, group: Any, layer: str) -> Tensor:
         ctx.group = group
+        ctx.layer = layer
         total = sums.clone()
-        dist.all_reduce(total, group=group)
+        all_reduce(total, group, layer, "backward")
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _DifferentiableAllReduce.apply(grad.contiguous(), ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _DifferentiableAllReduce.apply(grad.contiguous(), ctx.group, ctx.layer), None, None
 
 
 def _differentiable_gradients(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, count: Tensor, eps: float, group: Any
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    count: Tensor,
+    eps: float,
+    group: Any,
+    layer: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias as a function that torch can differentiate again, in
-    float64.
+    """The gradients of input, weight and bias as a function that torch can differentiate again.
 
-    Plain torch, for gradient penalties and the like; still one all_reduce, here of float64 [4, C].
+    Plain torch in float64, for gradient penalties and the like; one all_reduce, of [4, C].
     """
     others = [0, *range(2, input.dim())]
     per_channel = (-1, *[1] * (input.dim() - 2))
@@ -125,7 +130,7 @@ def _differentiable_gradients(
         ]
     )
     if group is not None:
-        sums = _DifferentiableAllReduce.apply(sums, group)
+        sums = _DifferentiableAllReduce.apply(sums, group, layer)
     mean, mean_square, grad_mean, product_mean = (sums / count.clamp(min=1.0)).unbind()
     rstd = ((mean_square - mean * mean).clamp(min=0.0) + eps).rsqrt()
     projection = (product_mean - mean * grad_mean) * rstd

@@ -26,6 +26,7 @@ def sync_batch_norm(
     *,
     num_batches_tracked: Tensor | None = None,
     process_group: Any = None,
+    layer: str = "",
 ) -> Tensor:
     """Batch normalization (Ioffe and Szegedy 2015) with the mean and variance of the samples of all
     ranks.
@@ -52,6 +53,7 @@ def sync_batch_norm(
         num_batches_tracked: int64 scalar, incremented in training, on the device; an empty global
             batch does not count.
         process_group: the ranks to synchronize; None for all of them.
+        layer: the name of the layer in errors of its communication.
 
     Returns:
         Shape and dtype of the input, and its memory layout where that was dense.
@@ -60,6 +62,7 @@ def sync_batch_norm(
         TypeError, ValueError: an argument is not what is said above, or not on the input's device;
             or a training batch of a process that is alone has one value a channel. Raised before
             any communication.
+        RuntimeError: the communication failed, as a rank died or did not come in time.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
     group = _group_to_synchronize(process_group, training, input.device)
@@ -90,6 +93,7 @@ def sync_batch_norm(
         momentum,
         eps,
         group,
+        layer,
     )
 
 

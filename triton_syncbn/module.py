@@ -1,6 +1,7 @@
 """SyncBN, the layer."""
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import convert
 from .functional import sync_batch_norm
+
+_numbers = itertools.count()  # of the layers that are made, so that each has a name
 
 
 class SyncBN(_BatchNorm):
@@ -40,6 +43,7 @@ class SyncBN(_BatchNorm):
     """
 
     process_group: Any
+    layer_name: str
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class SyncBN(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.process_group = process_group
+        self.layer_name = f"{next(_numbers)} (made as SyncBN({num_features}))"
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0 and the running statistics to those of no batch."""
@@ -88,6 +93,8 @@ class SyncBN(_BatchNorm):
             self.eps,
             num_batches_tracked=self.num_batches_tracked if track else None,
             process_group=self.process_group,
+            # a name read in a graph would be compiled into it, and layers could not share the graph
+            layer="" if torch.compiler.is_compiling() else self.layer_name,
         )
 
     def extra_repr(self) -> str:

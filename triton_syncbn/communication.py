@@ -1,0 +1,92 @@
+"""The one all_reduce of a pass, with the layer's name in its errors; and a check that ranks agree.
+
+Ranks that are not in the same layer at the same time add up what does not belong together, or wait
+for each other forever. With `debug` on, a fingerprint of the layer and the call goes with the sums.
+"""
+
+import collections
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# What is sent with debug on has this size or a larger power of two, so that layers which differ in
+# their channels meet in one all_reduce and see it.
+_LEAST_SIZE = 1 << 14
+
+_checking = False
+_calls: collections.Counter[str] = collections.Counter()
+
+
+class debug:
+    """Check in every pass of every layer that all ranks are in the same layer, for the same time.
+
+    `debug()` or `debug(True)` turns the check on, `debug(False)` off; `with debug():` for a block.
+    All ranks must turn it on at the same point. A rank that finds itself in another layer or call
+    than others raises a RuntimeError with the layer, the pass and the number of its call.
+
+    The fingerprints travel in the all_reduce that a pass makes anyway, which grows to 128 KiB, and
+    the host waits for it: it is for finding a fault. Layers are named by `convert_sync_batchnorm`,
+    or by the order in which they were made. A compiled graph is not checked.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        global _checking
+        self.previous = _checking
+        _checking = enabled
+        _calls.clear()
+
+    def __enter__(self) -> "debug":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _checking
+        _checking = self.previous
+
+
+def all_reduce(sums: Tensor, group: Any, layer: str, pass_name: str) -> None:
+    """Add up a float64 tensor over the ranks of a group, in place.
+
+    Raises RuntimeError with the name of the layer where the group reports an error: a rank that
+    died, that left, or that did not come within the timeout of the group.
+    """
+    if torch.compiler.is_compiling():
+        dist.all_reduce(sums, group=group)
+        return
+    try:
+        agreed = _all_reduce_checked(sums, group, layer, pass_name) if _checking else None
+        if agreed is None:
+            dist.all_reduce(sums, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"SyncBN layer {layer!r}: the all_reduce of its {pass_name} failed: {error}"
+        ) from error
+    if agreed is False:
+        raise RuntimeError(
+            f"SyncBN layer {layer!r}: in its {pass_name}, call {_calls[group.group_name]} of this "
+            "rank, other ranks are in another layer or another call. Does every rank use the same "
+            "layers in the same order, all of them in training mode?"
+        )
+
+
+def _all_reduce_checked(sums: Tensor, group: Any, layer: str, pass_name: str) -> bool:
+    """All-reduce sums together with a fingerprint; whether that of all ranks is the same.
+
+    The fingerprint is two integers of 20 bits, sent with their squares. Numbers a whose sum is
+    W * mine and whose squares' sum is W * mine**2 have no variance, so they are all mine; for up to
+    4096 ranks these sums are exact in float64.
+    """
+    _calls[group.group_name] += 1
+    call = f"{layer}|{pass_name}|{_calls[group.group_name]}|{sums.numel()}"
+    digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=5).digest())
+    one, two = digest >> 20, digest & 0xFFFFF
+    mine = torch.tensor([one, one**2, two, two**2], dtype=torch.float64)
+    size = max(_LEAST_SIZE, 1 << (sums.numel() + 4 - 1).bit_length())
+    message = sums.new_zeros(size)
+    message[:4] = mine
+    message[4 : 4 + sums.numel()] = sums.flatten()
+    dist.all_reduce(message, group=group)
+    sums.copy_(message[4 : 4 + sums.numel()].view_as(sums))
+    return torch.equal(message[:4].cpu(), mine * dist.get_world_size(group))
