@@ -97,6 +97,7 @@ def test_kernels_agree_with_reference_and_float64(layout, rank, dtype, device):
 EDGES = [
     (0, 3),
     (0, 3, 5, 5),
+    (2, 3, 0),
     (1, 1, 1, 1),
     (2, 1, 300, 1),
     (3, 1, 5),
