@@ -119,7 +119,7 @@ def test_more_than_2_to_the_31_elements(layout):
         expected = (part - mean[:, None, None]) * rstd[:, None, None]
         actual = output.detach()[sample, :, -3:]
         assert oracle.relative_error(actual, expected) <= 2**-8
-    # dy = y leaves of dx only the rounding of y: half a unit in the last place of 4 to 8, times rstd
+    # dy = y leaves of dx only the rounding of y: half a unit in the last place of 4 to 8
     output.backward(output.detach())
     for sample in (0, samples - 1):
         assert leaf.grad[sample, :, -3:].abs().max() < 0.02
