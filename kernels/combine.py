@@ -17,6 +17,7 @@ def add_splits(
     channel,
     mask,
     channels,
+    split,
     splits,
     SPLIT: tl.constexpr,
 ):
@@ -26,8 +27,7 @@ def add_splits(
     block of channels, 0 between launches. Returns the totals, and whether this program holds them.
     """
     if SPLIT:
-        split = tl.program_id(1).to(tl.int64)
-        mine = partials + 2 * split * channels
+        mine = partials + 2 * split.to(tl.int64) * channels
         tl.store(mine + channel, first, mask=mask)
         tl.store(mine + channels + channel, second, mask=mask)
         tl.debug_barrier()  # every thread's stores come before the arrival that publishes them
@@ -45,7 +45,7 @@ def add_splits(
             second += tl.sum(two, axis=0, keep_dims=True)
         tl.store(arrivals + block, 0, mask=last)
     else:
-        last = tl.program_id(1) == 0
+        last = split == 0
     return first, second, last
 
 

@@ -16,8 +16,9 @@ from .indexing import (
     spread,
     tiles_of_program,
 )
-from .launch_config import LaunchConfig, compute_dtype, default_config, output_grid
+from .launch_config import LaunchConfig, compute_dtype, output_grid
 from .statistics import cast_down, load_parameter, mean_and_variance, split_high_low
+from .tuned_configs import lookup
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "columns", "splits", "reciprocal"])
@@ -115,7 +116,7 @@ def grad_input(
     or None.
     """
     shape = geometry(input)
-    config = config or default_config("grad_input", shape, input.device)
+    config = config or lookup("grad_input", shape, input.dtype, input.device)
     output = torch.empty_like(input)
     programs, span_rows, reciprocal, index = output_grid(shape, config)
     if input.numel() == 0:

@@ -11,8 +11,9 @@ import triton.language as tl
 
 from .combine import add_splits, workspace
 from .indexing import channels_of_block, cut_rows, geometry, locate_tile, sum_over_values
-from .launch_config import LaunchConfig, compute_dtype, default_config, reduction_blocks
+from .launch_config import LaunchConfig, compute_dtype, reduction_blocks
 from .statistics import cast_down, mean_and_variance, split_high_low
+from .tuned_configs import lookup
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "columns", "splits"])
@@ -37,9 +38,9 @@ def grad_moments_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Program (b, s) reduces tiles s, s + splits, ... of channel (or block of channels) b."""
-    block = tl.program_id(0)
-    split = tl.program_id(1)
+    """Program b * splits + s reduces tiles s, s + splits, ... of channel, or block of channels, b."""
+    block = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     channel, mask = channels_of_block(block, channels, CHANNELS_LAST, BLOCK_COLUMNS)
     tiles = tl.cdiv(rows, BLOCK_ROWS)
     if not CHANNELS_LAST:
@@ -80,6 +81,7 @@ def grad_moments_kernel(
         channel,
         mask,
         channels,
+        split,
         splits,
         SPLIT,
     )
@@ -109,7 +111,7 @@ def grad_moments(
     [C] of bias_dtype. A gradient whose dtype is None is not made: its tensor is empty.
     """
     shape = geometry(input)
-    config = config or default_config("grad_moments", shape, input.device)
+    config = config or lookup("grad_moments", shape, input.dtype, input.device)
     blocks = reduction_blocks(shape, config)
     output = torch.empty(2 * shape.channels, dtype=torch.float64, device=input.device)
     grad_weight = torch.empty(
@@ -119,7 +121,7 @@ def grad_moments(
         shape.channels if bias_dtype else 0, dtype=bias_dtype, device=input.device
     )
     partials, arrivals = workspace(input, shape.channels, blocks, config.programs)
-    grad_moments_kernel[(blocks, config.programs)](
+    grad_moments_kernel[(blocks * config.programs,)](
         output,
         grad_weight if weight_dtype else None,
         grad_bias if bias_dtype else None,

@@ -49,12 +49,16 @@ def geometry(tensor: torch.Tensor) -> Geometry:
     return Geometry(False, samples, channels, positions, math.gcd(tensor.numel(), widest))
 
 
+def span_of_row(shape: Geometry) -> int:
+    """Elements of the aligned vectors that cover a channels-first row; channels last: 0."""
+    if shape.channels_last:
+        return 0
+    return shape.columns + (shape.vector - 1 if shape.columns % shape.vector else 0)
+
+
 def count_tiles(shape: Geometry, block_rows: int, block_columns: int) -> int:
     """Tiles of one channel (channels first) or of one block of channels (channels last)."""
-    chunks = 1
-    if not shape.channels_last:
-        slack = shape.vector - 1 if shape.columns % shape.vector else 0
-        chunks = triton.cdiv(shape.columns + slack, block_columns)
+    chunks = 1 if shape.channels_last else triton.cdiv(span_of_row(shape), block_columns)
     return triton.cdiv(shape.rows, block_rows) * chunks
 
 
@@ -156,7 +160,8 @@ def tiles_of_program(
 ):
     """What a program writes: block of channels, first tile, and how many, `splits` apart.
 
-    Tiles are taken from the end of the tensor to its start.
+    Tiles are taken from the end of the tensor to its start; flat blocks, from the ends of `splits`
+    equal parts of the tensor to their starts.
     """
     if CHANNELS_LAST:
         blocks = tl.cdiv(channels, BLOCK_COLUMNS)
@@ -167,8 +172,11 @@ def tiles_of_program(
     else:
         block = 0
         elements = rows.to(INDEX) * channels * columns
-        last_tile = tl.cdiv(elements, BLOCK_COLUMNS) - 1 - program
-        tiles = 1
+        flat_blocks = tl.cdiv(elements, BLOCK_COLUMNS)
+        part = tl.cdiv(flat_blocks, splits)
+        last_tile = (splits - program % splits) * part - 1 - program // splits
+        tiles = tl.where(last_tile < flat_blocks, 1, 0)
+        last_tile = tl.minimum(last_tile, flat_blocks - 1)
     return block, last_tile, tiles
 
 

@@ -7,15 +7,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .indexing import Geometry, count_tiles
+from .indexing import Geometry, count_tiles, span_of_row
 
+REDUCTIONS = ("moments", "grad_moments")
+WRITERS = ("normalize", "grad_input")
 # Values that one float32 lane adds up in a row. It bounds the rounding of a lane to 64/4 units in
 # the last place even for data whose roundings do not average out (masks, one-hot inputs), and the
 # harm of an outlier in the first tile.
 LONGEST_CHAIN = 64
-MOST_PROGRAMS = 65535  # of the second axis of a grid
+MOST_PROGRAMS = 65535  # that share a channel
 VECTORS_OF_THREAD = 4  # 16-byte loads in flight in each thread, of all the tensors it reads
 THREADS = 128
+RESIDENT = 4  # programs of 128 threads and 128 registers that fit a multiprocessor of any GPU
+START = 2  # what a program costs beside its tiles, in tiles
+MOST_WAVES = 8
 MULTIPROCESSORS_OF_INTERPRETER = 4  # enough to split reductions, few enough to run in Python
 # From here on offsets do not fit 32 bits; the margin is the end of the last block.
 WIDE_FROM = 2**31 - 2**16
@@ -25,7 +30,8 @@ class LaunchConfig(NamedTuple):
     """block_rows x block_columns elements a tile; `programs` share a channel; warps of a program.
 
     The two kernels that write a map the size of the input walk channels-first memory flat, in
-    blocks of block_columns elements; there block_rows is 1 and `programs` is not used.
+    blocks of block_columns elements. There block_rows is 1, and `programs` is into how many equal
+    parts the tensor is cut, that are walked side by side.
     """
 
     block_rows: int
@@ -47,40 +53,66 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache(maxsize=4096)
-def default_config(kernel: str, shape: Geometry, device: torch.device) -> LaunchConfig:
+def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> LaunchConfig:
     """A config that is good on any GPU, from sizes and the number of multiprocessors.
 
     kernel: "moments", "grad_moments", "normalize" or "grad_input".
     """
     tensors_read = 2 if kernel in ("grad_moments", "grad_input") else 1
     block = THREADS * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
-    if shape.channels_last or kernel in ("moments", "grad_moments"):
-        return _tiles(shape, block, multiprocessors(device))
+    if shape.channels_last or kernel in REDUCTIONS:
+        return _tiles(kernel, shape, block, multiprocessors)
     # Few threads and large blocks, as each block computes the coefficients of its channels anew;
     # but not larger than a row, so that a block meets two channels at most, and not fewer than
     # two a multiprocessor.
     elements = shape.values * shape.channels
     while block > 1024 and (
-        1024 <= shape.columns < block or elements < 2 * block * multiprocessors(device)
+        1024 <= shape.columns < block or elements < 2 * block * multiprocessors
     ):
         block //= 2
-    return LaunchConfig(1, block, 1, THREADS // 32)
+    # Where the channels do not all run at once, the reduction leaves the last of them in the cache,
+    # of every sample. So all samples are walked side by side, from the last channel to the first.
+    reduction = default_config(REDUCTIONS[WRITERS.index(kernel)], shape, multiprocessors)
+    one_by_one = shape.channels * reduction.programs > RESIDENT * multiprocessors
+    return LaunchConfig(1, block, max(shape.rows, 1) if one_by_one else 1, THREADS // 32)
 
 
-def _tiles(shape: Geometry, elements: int, multiprocessors: int) -> LaunchConfig:
+def _tiles(kernel: str, shape: Geometry, elements: int, multiprocessors: int) -> LaunchConfig:
     """Tiles of so many elements, and programs that keep all multiprocessors busy."""
     if shape.channels_last:
         block_columns = min(triton.next_power_of_2(shape.channels), 64)
+        if 0 < shape.channels % 64 <= 32 < shape.channels:
+            block_columns = 32  # fewer lanes without a channel
     else:
-        slack = shape.vector - 1 if shape.columns % shape.vector else 0
-        longest = max(shape.columns + slack, shape.vector)
+        longest = max(span_of_row(shape), shape.vector)
         block_columns = min(triton.next_power_of_2(longest), elements)
     block_rows = min(elements // block_columns, triton.next_power_of_2(max(shape.rows, 1)))
     config = LaunchConfig(block_rows, block_columns, 1, THREADS // 32)
     tiles = count_tiles(shape, block_rows, block_columns)
-    wanted = triton.cdiv(4 * multiprocessors, reduction_blocks(shape, config))
-    programs = min(max(wanted, triton.cdiv(tiles, LONGEST_CHAIN)), tiles, MOST_PROGRAMS)
+    blocks = reduction_blocks(shape, config)
+    slots = RESIDENT * multiprocessors
+
+    def cost(config: LaunchConfig) -> tuple[int, int]:
+        """Waves times the tiles of the longest program; then, how many programs."""
+        waves = triton.cdiv(blocks * config.programs, slots)
+        return waves * (triton.cdiv(tiles, config.programs) + START), config.programs
+
+    filling = (max(waves * slots // blocks, 1) for waves in range(1, MOST_WAVES + 1))
+    return min(
+        (fit_programs(kernel, shape, config._replace(programs=programs)) for programs in filling),
+        key=cost,
+    )
+
+
+def fit_programs(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchConfig:
+    """The config with its `programs` made to fit a shape: each has a tile, none has a chain that is
+    too long, and parts that are walked side by side are samples.
+    """
+    if kernel in WRITERS and not shape.channels_last:
+        return config._replace(programs=max(shape.rows, 1) if config.programs > 1 else 1)
+    tiles = count_tiles(shape, config.block_rows, config.block_columns)
+    fewest = triton.cdiv(tiles, LONGEST_CHAIN) if kernel in REDUCTIONS else 1
+    programs = min(max(config.programs, fewest), tiles, MOST_PROGRAMS)
     return config._replace(programs=max(programs, 1))
 
 
@@ -111,5 +143,6 @@ def output_grid(shape: Geometry, config: LaunchConfig) -> tuple[int, int, int, t
     columns = max(shape.columns, 2)
     span_rows = triton.next_power_of_2(triton.cdiv(config.block_columns, columns) + 1)
     index = tl.int64 if elements >= WIDE_FROM else tl.int32
-    programs = triton.cdiv(elements, config.block_columns)
+    programs = triton.cdiv(triton.cdiv(elements, config.block_columns), config.programs)
+    programs *= config.programs
     return programs, span_rows, triton.cdiv(2**32, columns), index

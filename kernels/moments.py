@@ -12,7 +12,8 @@ import triton.language as tl
 
 from .combine import add_splits, workspace
 from .indexing import channels_of_block, cut_rows, geometry, locate_tile, sum_over_values
-from .launch_config import LaunchConfig, compute_dtype, default_config, reduction_blocks
+from .launch_config import LaunchConfig, compute_dtype, reduction_blocks
+from .tuned_configs import lookup
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "columns", "splits"])
@@ -32,9 +33,9 @@ def moments_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Program (b, s) reduces tiles s, s + splits, ... of channel (or block of channels) b."""
-    block = tl.program_id(0)
-    split = tl.program_id(1)
+    """Program b * splits + s reduces tiles s, s + splits, ... of channel, or block of channels, b."""
+    block = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     channel, mask = channels_of_block(block, channels, CHANNELS_LAST, BLOCK_COLUMNS)
     tiles = tl.cdiv(rows, BLOCK_ROWS)
     if not CHANNELS_LAST:
@@ -82,6 +83,7 @@ def moments_kernel(
         channel,
         mask,
         channels,
+        split,
         splits,
         SPLIT,
     )
@@ -103,11 +105,11 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
     channel.
     """
     shape = geometry(input)
-    config = config or default_config("moments", shape, input.device)
+    config = config or lookup("moments", shape, input.dtype, input.device)
     blocks = reduction_blocks(shape, config)
     output = torch.empty(2 * shape.channels + 1, dtype=torch.float64, device=input.device)
     partials, arrivals = workspace(input, shape.channels, blocks, config.programs)
-    moments_kernel[(blocks, config.programs)](
+    moments_kernel[(blocks * config.programs,)](
         output,
         input,
         partials,

@@ -20,8 +20,9 @@ from .indexing import (
     spread,
     tiles_of_program,
 )
-from .launch_config import LaunchConfig, compute_dtype, default_config, output_grid
+from .launch_config import LaunchConfig, compute_dtype, output_grid
 from .statistics import cast_down, load_parameter, mean_and_variance, split_high_low
+from .tuned_configs import lookup
 
 STATISTICS_BLOCK = 256  # channels that the program of the running statistics handles at once
 
@@ -175,7 +176,7 @@ def normalize(
     empty. Returns y, like the input.
     """
     shape = geometry(input)
-    config = config or default_config("normalize", shape, input.device)
+    config = config or lookup("normalize", shape, input.dtype, input.device)
     output = torch.empty_like(input)
     programs, span_rows, reciprocal, index = output_grid(shape, config)
     normalize_kernel[(programs + 1,)](

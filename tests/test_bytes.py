@@ -66,11 +66,11 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 
 def make_config(config_name, name, seen, dtype):
     """The default config, or one that cuts what a channel holds for several programs."""
-    from triton_syncbn.kernels.launch_config import LaunchConfig, default_config
+    from triton_syncbn.kernels.launch_config import LaunchConfig, default_config, multiprocessors
 
     narrow = config_name == "narrow"
     if config_name == "default":
-        return default_config(name, seen, torch.device("cpu"))
+        return default_config(name, seen, multiprocessors(torch.device("cpu")))
     if seen.channels_last:
         rows = max(triton.next_power_of_2(max(seen.rows, 1)) // (16 if narrow else 4), 1)
         return LaunchConfig(rows, 16, 3, 4) if narrow else LaunchConfig(rows, 8, 2, 4)
