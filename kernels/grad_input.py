@@ -65,6 +65,24 @@ def grad_input_kernel(
         SPAN_ROWS,
         INDEX,
     )
+    if not CHANNELS_LAST:  # the one block is on its way while coefficients are computed
+        offsets, present = locate_output_tile(
+            last_tile,
+            block,
+            rows,
+            channels,
+            columns,
+            CHANNELS_LAST,
+            VECTOR,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            INDEX,
+        )
+        present = present & (tiles > 0)
+        grad = tl.load(
+            grad_output + offsets, mask=present, other=0.0, eviction_policy="evict_first"
+        )
+        value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
     mean, variance, count = mean_and_variance(moments, channel, mask, channels)
     rstd = tl.rsqrt(variance + eps)
     share = 1.0 / tl.maximum(count, 1.0)
@@ -82,21 +100,26 @@ def grad_input_kernel(
     slope = spread(slope.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
     shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
     for step in range(0, tiles):
-        offsets, present = locate_output_tile(
-            last_tile - step * splits,
-            block,
-            rows,
-            channels,
-            columns,
-            CHANNELS_LAST,
-            VECTOR,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            INDEX,
+        if CHANNELS_LAST:
+            offsets, present = locate_output_tile(
+                last_tile - step * splits,
+                block,
+                rows,
+                channels,
+                columns,
+                CHANNELS_LAST,
+                VECTOR,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                INDEX,
+            )
+            grad = tl.load(
+                grad_output + offsets, mask=present, other=0.0, eviction_policy="evict_first"
+            )
+            value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
+        result = (grad.to(COMPUTE) - grad_high) * scale + (
+            (value.to(COMPUTE) - mean_high) * slope + shift
         )
-        grad = tl.load(grad_output + offsets, mask=present, other=0.0).to(COMPUTE)
-        value = tl.load(input + offsets, mask=present, other=0.0).to(COMPUTE)
-        result = (grad - grad_high) * scale + ((value - mean_high) * slope + shift)
         tl.store(grad_input + offsets, cast_down(result, grad_input.dtype.element_ty), mask=present)
 
 

@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from .combine import add_splits, workspace
-from .indexing import channels_of_block, cut_rows, geometry, locate_tile, sum_over_values
+from .indexing import (
+    channels_of_block,
+    cut_rows,
+    geometry,
+    lanes_between,
+    locate_tile,
+    sum_over_values,
+)
 from .launch_config import LaunchConfig, compute_dtype, reduction_blocks
 from .statistics import cast_down, mean_and_variance, split_high_low
 from .tuned_configs import lookup
@@ -37,14 +44,30 @@ def grad_moments_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):
-    """Program b * splits + s reduces tiles s, s + splits, ... of channel, or block of channels, b."""
+    """Program b * splits + s reduces tiles s, s + splits, ... of channel (or channels' block) b."""
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     channel, mask = channels_of_block(block, channels, CHANNELS_LAST, BLOCK_COLUMNS)
     tiles = tl.cdiv(rows, BLOCK_ROWS)
     if not CHANNELS_LAST:
         tiles *= cut_rows(columns, VECTOR, BLOCK_COLUMNS)[0]
+
+    offsets, load, begin, end, _number = locate_tile(
+        split,
+        block,
+        rows,
+        channels,
+        columns,
+        CHANNELS_LAST,
+        VECTOR,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        ALIGNED,
+    )
+    grad = tl.load(grad_output + offsets, mask=load, other=0.0)
+    value = tl.load(input + offsets, mask=load, other=0.0)
 
     mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
     rstd = tl.rsqrt(variance + eps)
@@ -55,8 +78,13 @@ def grad_moments_kernel(
     grads = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
     products = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
     for step in range(0, tl.cdiv(tiles - split, splits)):
-        offsets, load, valid, _number = locate_tile(
-            split + step * splits,
+        valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
+        this_grad = tl.where(valid, grad.to(COMPUTE), 0.0)
+        normalized = (value.to(COMPUTE) - mean_high) * rstd + offset
+        product = tl.where(valid, grad.to(COMPUTE) * normalized, 0.0)
+        # The next tile is on its way while this one is added up; after the last one, nothing is.
+        offsets, load, begin, end, _number = locate_tile(
+            split + (step + 1) * splits,
             block,
             rows,
             channels,
@@ -65,12 +93,12 @@ def grad_moments_kernel(
             VECTOR,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
+            ALIGNED,
         )
-        grad = tl.load(grad_output + offsets, mask=load, other=0.0).to(COMPUTE)
-        value = tl.load(input + offsets, mask=load, other=0.0).to(COMPUTE)
-        normalized = (value - mean_high) * rstd + offset
-        grads += tl.where(valid, grad, 0.0)
-        products += tl.where(valid, grad * normalized, 0.0)
+        grad = tl.load(grad_output + offsets, mask=load, other=0.0)
+        value = tl.load(input + offsets, mask=load, other=0.0)
+        grads += this_grad
+        products += product
 
     first, second, last = add_splits(
         sum_over_values(grads, CHANNELS_LAST).to(tl.float64),
@@ -141,6 +169,7 @@ def grad_moments(
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
         SPLIT=config.programs > 1,
+        ALIGNED=shape.columns % shape.vector == 0,
         num_warps=config.num_warps,
     )
     return output, grad_weight, grad_bias

@@ -96,12 +96,15 @@ def locate_tile(
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):
-    """Place tile number `tile` of a channel, or of a block of channels.
+    """Place tile number `tile` of a channel, or of a block of channels. ALIGNED: channels-first
+    rows are whole numbers of vectors, so that no vector holds elements of two.
 
-    Returns offsets int64 [BLOCK_ROWS, BLOCK_COLUMNS]; the mask of what to load, constant over whole
-    vectors; the mask of what belongs to the channel; and how many values of each channel the tile
-    holds.
+    A tile after the last one holds nothing. Returns offsets int64 [BLOCK_ROWS, BLOCK_COLUMNS]; the
+    mask of what to load, constant over whole vectors; the lanes of each row that belong to the
+    channel, from `begin` to before `end`, int32 [BLOCK_ROWS, 1]; and how many values of each
+    channel the tile holds.
     """
     row = tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
     lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
@@ -111,8 +114,8 @@ def locate_tile(
         row += first_row
         first = block * BLOCK_COLUMNS
         offsets = row * (channels // VECTOR * VECTOR) + (first + lane)
-        mask = (row < rows) & (first + vector_start < channels)
-        valid = mask
+        begin = tl.zeros([BLOCK_ROWS, 1], dtype=tl.int32)
+        end = tl.where(row < rows, channels - first, 0)
         number = tl.minimum(rows - first_row, BLOCK_ROWS)
     else:
         chunks, chunk_vectors, longer_chunks = cut_rows(columns, VECTOR, BLOCK_COLUMNS)
@@ -121,6 +124,8 @@ def locate_tile(
         row += first_row
         row_start = (row * channels + block) * columns
         aligned_start = row_start // VECTOR * VECTOR
+        if ALIGNED:  # the compiler does not find out
+            row_start = aligned_start
         before = row_start - aligned_start  # values of the row before, in the first vector
         first = (chunk * chunk_vectors + tl.minimum(chunk, longer_chunks)).to(tl.int64) * VECTOR
         size = (chunk_vectors + tl.where(chunk < longer_chunks, 1, 0)) * VECTOR
@@ -128,13 +133,31 @@ def locate_tile(
         end = tl.minimum(before + columns - first, size)
         end = tl.where(row < rows, end, 0).to(tl.int32)
         offsets = (aligned_start + first) + lane
-        mask = vector_start < end
-        valid = (lane >= begin) & (lane < end)
         if BLOCK_ROWS == 1:
             number = tl.sum(tl.maximum(end - begin, 0))
         else:  # several rows fit one tile only if no row is cut
             number = tl.minimum(rows - first_row, BLOCK_ROWS) * columns
-    return offsets, mask, valid, tl.maximum(number, 0)
+    return offsets, vector_start < end, begin, end, tl.maximum(number, 0)
+
+
+@triton.jit
+def lanes_between(
+    begin,
+    end,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The mask of the elements of a tile that belong to the channel, from what `locate_tile` found.
+
+    Made where it is used: a mask of every element does not fit the registers that two bounds do.
+    """
+    lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    if CHANNELS_LAST or ALIGNED:
+        return lane // VECTOR * VECTOR < end
+    else:
+        return (lane >= begin) & (lane < end)
 
 
 @triton.jit
@@ -224,11 +247,14 @@ def locate_output_tile(
     BLOCK_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Offsets and mask of a tile, [BLOCK_ROWS, BLOCK_COLUMNS], or of a flat block, one row."""
+    """Offsets and mask of a tile, [BLOCK_ROWS, BLOCK_COLUMNS], or of a flat block, one row. A
+    channels-last tile before the first holds nothing.
+    """
     if CHANNELS_LAST:
-        offsets, mask, _valid, _number = locate_tile(
+        offsets, mask, _begin, _end, _number = locate_tile(
             tile, block, rows, channels, columns, CHANNELS_LAST, VECTOR, BLOCK_ROWS, BLOCK_COLUMNS
         )
+        mask = mask & (tile >= 0)
     else:
         lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
         start = tile.to(INDEX) * BLOCK_COLUMNS

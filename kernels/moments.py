@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 
 from .combine import add_splits, workspace
-from .indexing import channels_of_block, cut_rows, geometry, locate_tile, sum_over_values
+from .indexing import (
+    channels_of_block,
+    cut_rows,
+    geometry,
+    lanes_between,
+    locate_tile,
+    sum_over_values,
+)
 from .launch_config import LaunchConfig, compute_dtype, reduction_blocks
 from .tuned_configs import lookup
 
@@ -32,8 +39,9 @@ def moments_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):
-    """Program b * splits + s reduces tiles s, s + splits, ... of channel, or block of channels, b."""
+    """Program b * splits + s reduces tiles s, s + splits, ... of channel (or channels' block) b."""
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     channel, mask = channels_of_block(block, channels, CHANNELS_LAST, BLOCK_COLUMNS)
@@ -41,20 +49,33 @@ def moments_kernel(
     if not CHANNELS_LAST:
         tiles *= cut_rows(columns, VECTOR, BLOCK_COLUMNS)[0]
 
-    offsets, load, valid, number = locate_tile(
-        split, block, rows, channels, columns, CHANNELS_LAST, VECTOR, BLOCK_ROWS, BLOCK_COLUMNS
+    offsets, load, begin, end, number = locate_tile(
+        split,
+        block,
+        rows,
+        channels,
+        columns,
+        CHANNELS_LAST,
+        VECTOR,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        ALIGNED,
     )
-    value = tl.load(input + offsets, mask=load, other=0.0).to(COMPUTE)
-    shift = sum_over_values(tl.where(valid, value, 0.0), CHANNELS_LAST) / tl.maximum(number, 1).to(
-        COMPUTE
-    )
-    deviation = tl.where(valid, value - shift, 0.0)
-    deviations = deviation
-    squares = deviation * deviation
-    values = number.to(tl.int64)
-    for step in range(1, tl.cdiv(tiles - split, splits)):
-        offsets, load, valid, number = locate_tile(
-            split + step * splits,
+    value = tl.load(input + offsets, mask=load, other=0.0)
+    valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
+    shift = sum_over_values(tl.where(valid, value.to(COMPUTE), 0.0), CHANNELS_LAST) / tl.maximum(
+        number, 1
+    ).to(COMPUTE)
+    deviations = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
+    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
+    values = tl.zeros_like(number).to(tl.int64)
+    for step in range(0, tl.cdiv(tiles - split, splits)):
+        valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
+        deviation = tl.where(valid, value.to(COMPUTE) - shift, 0.0)
+        values += number
+        # The next tile is on its way while this one is added up; after the last one, nothing is.
+        offsets, load, begin, end, number = locate_tile(
+            split + (step + 1) * splits,
             block,
             rows,
             channels,
@@ -63,12 +84,11 @@ def moments_kernel(
             VECTOR,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
+            ALIGNED,
         )
-        value = tl.load(input + offsets, mask=load, other=0.0).to(COMPUTE)
-        deviation = tl.where(valid, value - shift, 0.0)
+        value = tl.load(input + offsets, mask=load, other=0.0)
         deviations += deviation
         squares += deviation * deviation
-        values += number
 
     shift = shift.to(tl.float64)
     deviations = sum_over_values(deviations, CHANNELS_LAST).to(tl.float64)
@@ -124,6 +144,7 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
         BLOCK_ROWS=config.block_rows,
         BLOCK_COLUMNS=config.block_columns,
         SPLIT=config.programs > 1,
+        ALIGNED=shape.columns % shape.vector == 0,
         num_warps=config.num_warps,
     )
     return output

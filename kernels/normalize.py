@@ -130,17 +130,9 @@ def normalize_kernel(
             SPAN_ROWS,
             INDEX,
         )
-        mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
-        scale = load_parameter(weight, channel, mask, 1.0) * tl.rsqrt(variance + eps)
-        mean_high, mean_low = split_high_low(mean, COMPUTE)
-        # y = (x - mean_high) * scale + shift
-        shift = load_parameter(bias, channel, mask, 0.0) - scale * mean_low.to(tl.float64)
-        mean_high = spread(mean_high, row, CHANNELS_LAST, SPAN_ROWS)
-        scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
-        shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
-        for step in range(0, tiles):
+        if not CHANNELS_LAST:  # the one block is on its way while coefficients are computed
             offsets, present = locate_output_tile(
-                last_tile - step * splits,
+                last_tile,
                 block,
                 rows,
                 channels,
@@ -151,8 +143,34 @@ def normalize_kernel(
                 BLOCK_COLUMNS,
                 INDEX,
             )
-            value = tl.load(input + offsets, mask=present, other=0.0).to(COMPUTE)
-            normalized = (value - mean_high) * scale + shift
+            present = present & (tiles > 0)
+            value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
+        mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
+        scale = load_parameter(weight, channel, mask, 1.0) * tl.rsqrt(variance + eps)
+        mean_high, mean_low = split_high_low(mean, COMPUTE)
+        # y = (x - mean_high) * scale + shift
+        shift = load_parameter(bias, channel, mask, 0.0) - scale * mean_low.to(tl.float64)
+        mean_high = spread(mean_high, row, CHANNELS_LAST, SPAN_ROWS)
+        scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
+        shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
+        for step in range(0, tiles):
+            if CHANNELS_LAST:
+                offsets, present = locate_output_tile(
+                    last_tile - step * splits,
+                    block,
+                    rows,
+                    channels,
+                    columns,
+                    CHANNELS_LAST,
+                    VECTOR,
+                    BLOCK_ROWS,
+                    BLOCK_COLUMNS,
+                    INDEX,
+                )
+                value = tl.load(
+                    input + offsets, mask=present, other=0.0, eviction_policy="evict_first"
+                )
+            normalized = (value.to(COMPUTE) - mean_high) * scale + shift
             tl.store(output + offsets, cast_down(normalized, output.dtype.element_ty), mask=present)
 
 

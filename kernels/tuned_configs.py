@@ -114,12 +114,6 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".json"
 
 
-def forget() -> None:
-    """Read the environment and the files anew at the next lookup."""
-    lookup.cache_clear()
-    _find.cache_clear()
-
-
 def _configs_of(name: str) -> tuple[str, dict[Bucket, LaunchConfig]]:
     with _reading:  # one thread reads, and logs
         return _find(name)
@@ -214,8 +208,8 @@ def check_config(bucket: Bucket, config: LaunchConfig) -> None:
         if config.block_columns > MOST_CHANNELS:
             raise ValueError(f"config: block_columns: expected at most {MOST_CHANNELS} channels")
     elif bucket.kernel in WRITERS:
-        if (config.block_rows, config.programs) != (1, 1):
-            raise ValueError("config: block_rows and programs: expected 1, maps are walked flat")
+        if config.block_rows != 1:
+            raise ValueError("config: block_rows: expected 1, as channels-first maps are flat here")
     elif config.block_rows > 1 and config.block_columns < 1 << bucket.columns:
         raise ValueError(
             f"config: block_columns: expected {1 << bucket.columns} or more, which hold any row of "

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
 from triton_syncbn.kernels import grad_input, grad_moments, launch_config, moments, normalize
 from triton_syncbn.kernels.indexing import geometry
 
@@ -92,8 +91,8 @@ def disassemble(cubin: bytes) -> tuple[str, list[tuple[int, str, str]]]:
         resources = _output("cuobjdump", "--dump-resource-usage", file.name)
         sass = _output("nvdisasm", "-c", "-hex", file.name)
     # with -c, labels stand for addresses; instructions are numbered anew
-    instructions = []
-    labels = {}
+    instructions: list[tuple[int, str, str]] = []
+    labels: dict[str, int] = {}
     for line in sass.splitlines():
         if label := re.match(r"\s*\.?(L_x_\d+):", line.strip()):
             labels[label[1]] = len(instructions)

@@ -10,6 +10,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = "kernels/configs/Some_GPU.json"  # as perf/tune.py writes one
 
 USE = """
 import importlib.util, sys
@@ -63,10 +64,12 @@ def test_from_an_editable_installation(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
-    """A wheel built from the files of this checkout."""
+    """A wheel built from the files of this checkout, and the configs of one more GPU."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("triton_syncbn", "kernels"):
         shutil.copytree(ROOT / name, source / name)
+    (source / CONFIGS).parent.mkdir(exist_ok=True)
+    (source / CONFIGS).write_text("{}")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     python(
@@ -82,6 +85,9 @@ def test_the_wheel_holds_one_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "triton_syncbn/kernels/moments.py" in names
     assert "triton_syncbn/py.typed" in names
+    assert f"triton_syncbn/{CONFIGS}" in names
+    shipped = (ROOT / "kernels" / "configs").glob("*.json")
+    assert {f"triton_syncbn/kernels/configs/{file.name}" for file in shipped} <= set(names)
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"triton_syncbn"}
 
@@ -95,6 +101,7 @@ def test_the_wheel_installed_elsewhere(wheel, tmp_path):
     script = tmp_path / "use.py"
     script.write_text(USE.format(kernels=False))
     module, kernels = python(str(script), cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert (pathlib.Path(kernels).parent / "configs" / "Some_GPU.json").is_file()
     assert pathlib.Path(module) == site / "triton_syncbn" / "__init__.py"
     assert pathlib.Path(kernels) == site / "triton_syncbn" / "kernels" / "moments.py"
 
