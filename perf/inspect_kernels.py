@@ -18,6 +18,7 @@ from unittest import mock
 import pandas as pd
 import torch
 import triton
+from candidates import KERNELS, empty_input
 from cases import DTYPES, LAYOUTS, Case, read_cases, suites
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -54,9 +55,7 @@ def compile_kernel(name: str, case: Case, multiprocessors: int, target: GPUTarge
 
     The tensors have no memory, so a layer may be of any size.
     """
-    x = torch.empty(case.shape, dtype=DTYPES[case.dtype], device="meta")
-    if case.layout == "channels_last":
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    x = empty_input(case)
     channels = torch.empty(case.shape[1], device="meta")
     sums = torch.empty(2 * case.shape[1] + 1, dtype=torch.float64, device="meta")
     counter = torch.empty((), dtype=torch.int64, device="meta")
@@ -202,8 +201,6 @@ def main(arguments: list[str] | None = None) -> int:
         table.to_csv(options.csv, index=False, float_format="%.4g")
     return 0
 
-
-KERNELS = launch_config.REDUCTIONS + launch_config.WRITERS
 
 if __name__ == "__main__":
     sys.exit(main())

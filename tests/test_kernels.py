@@ -148,7 +148,7 @@ def test_a_config_never_changes_the_result(layout, tile, programs, device):
 
     tiled = LaunchConfig(*TILES[tile], programs, 4)
     columns, warps = FLAT_BLOCKS[(tile + programs) % 3]
-    writing = tiled if layout == "channels_last" else LaunchConfig(1, columns, 1, warps)
+    writing = tiled if layout == "channels_last" else LaunchConfig(1, columns, programs, warps)
     shape = (5, 3, 9, 6)
     input = random(shape, torch.float32, device, layout, mean=3.0)
     grad_output = random(shape, torch.float32, device, layout, seed=1)

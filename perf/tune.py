@@ -1,0 +1,252 @@
+"""Tune the kernels for the GPU of this machine: for each bucket of launches, is there a config that
+is faster than the default?
+
+Every candidate is checked against float64 before it is timed; what cannot be launched is skipped.
+Candidates are timed in turns, and one is kept only if it beats the default by 3 % in three rounds
+out of three. With --write the configs go to kernels/configs/<GPU>.json after each bucket, so that
+a run that was stopped goes on with --resume.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from candidates import KERNELS, Job, candidates, jobs_of
+from cases import DTYPES, LAYOUTS, read_cases, suites
+from launches import KernelOfLayer
+from selection import ROUNDS, Timer, finalists, winner
+from tqdm import tqdm
+from triton_syncbn.kernels import tuned_configs
+from triton_syncbn.kernels.launch_config import LaunchConfig, multiprocessors
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "kernels" / "configs"
+MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
+
+
+class Outcome(NamedTuple):
+    """What tuning a bucket has found."""
+
+    config: LaunchConfig | None  # None: the default stays
+    microseconds: float  # of the config, or of the default
+    default_microseconds: float
+    wrong: dict[LaunchConfig, float]  # error in units of what is tolerated
+    skipped: dict[LaunchConfig, str]  # why it could not be launched
+
+
+def tune_job(job: Job, device: torch.device, timer: Timer) -> Outcome:
+    """Try all candidates of a bucket."""
+    layer = KernelOfLayer(job.kernel, job.case, device)
+    default, *others = candidates(job, multiprocessors(device))
+    right: list[LaunchConfig] = []
+    wrong: dict[LaunchConfig, float] = {}
+    skipped: dict[LaunchConfig, str] = {}
+    for config in (default, *others):
+        try:
+            error = layer.error_over_tolerance(config)
+        except Exception as failure:  # the compiler, the driver: whatever it is, it is not a config
+            skipped[config] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            continue
+        if error <= 1.0:
+            right.append(config)
+        else:
+            wrong[config] = error
+    if default not in right:
+        return Outcome(None, float("nan"), float("nan"), wrong, skipped)
+
+    def measure(configs: list[LaunchConfig]) -> dict[LaunchConfig, float]:
+        seconds = timer({config: functools.partial(layer.launch, config) for config in configs})
+        return {config: seconds[config] * 1e6 for config in configs}
+
+    best = finalists(measure(right), default)
+    rounds = [measure(best) for _ in range(ROUNDS)] if len(best) > 1 else [measure(best)]
+    chosen = winner(rounds, default)
+    shown = default if chosen is None else chosen
+    # of the round in which the config gained least
+    least = max(rounds, key=lambda times: times[shown] / times[default])
+    return Outcome(chosen, least[shown], least[default], wrong, skipped)
+
+
+class ConfigFile:
+    """The file of a GPU: entries, and buckets where the default stays."""
+
+    def __init__(self, name: str, arch: str) -> None:
+        self.path = FOLDER / tuned_configs.file_name(name)
+        self.content: dict[str, Any] = {
+            "schema": tuned_configs.SCHEMA,
+            "device": name,
+            "arch": arch,
+            "triton": triton.__version__,
+            "commit": git_commit(),
+            "entries": {},
+            "defaults": {},
+        }
+
+    def resume(self) -> None:
+        """Go on where the file of an earlier run ends.
+
+        Raises ValueError if it was made for another GPU, by another Triton or of another commit.
+        """
+        if not self.path.exists():
+            return
+        earlier = json.loads(self.path.read_text(encoding="utf-8"))
+        for key in ("schema", "device", "arch", "triton", "commit"):
+            if earlier.get(key) != self.content[key]:
+                raise ValueError(
+                    f"{self.path}: {key}: expected {self.content[key]!r} to go on, got "
+                    f"{earlier.get(key)!r}; run without --resume"
+                )
+        self.content = earlier
+
+    def knows(self, job: Job) -> bool:
+        """Whether a bucket has been decided."""
+        return str(job.bucket) in self.content["entries"] | self.content["defaults"]
+
+    def add(self, job: Job, outcome: Outcome) -> None:
+        """Take in what was found for a bucket."""
+        entry = {
+            "shape": f"{job.case.shape_name} {job.case.dtype}",
+            "microseconds": round(outcome.microseconds, 3),
+            "default_microseconds": round(outcome.default_microseconds, 3),
+        }
+        if outcome.config is None:
+            del entry["microseconds"]
+            self.content["defaults"][str(job.bucket)] = entry
+        else:
+            self.content["entries"][str(job.bucket)] = {"config": outcome.config._asdict(), **entry}
+
+    def write(self) -> None:
+        """Write the file whole, or leave it as it is."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.path)
+
+
+def tune(
+    jobs: list[Job],
+    device: torch.device,
+    timer: Timer,
+    file: ConfigFile,
+    write: bool,
+    budget: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Tune the buckets that the file does not know yet, until `budget` minutes are over. Returns
+    how many candidates were wrong.
+    """
+    start = clock()
+    wrong = 0
+    progress = tqdm([job for job in jobs if not file.knows(job)], unit="bucket", dynamic_ncols=True)
+    for job in progress:
+        if budget is not None and clock() - start >= budget * 60:
+            progress.write(f"{budget:g} minutes are over; go on with --write --resume")
+            break
+        progress.set_description(f"{job.kernel} {job.case.shape_name} {job.case.dtype}")
+        outcome = tune_job(job, device, timer)
+        wrong += len(outcome.wrong)
+        progress.write(describe(job, outcome))
+        if outcome.default_microseconds > 0:  # not NaN: the default is right
+            file.add(job, outcome)
+            if write:
+                file.write()
+    return wrong
+
+
+def describe(job: Job, outcome: Outcome) -> str:
+    """A line a bucket, and one for each wrong candidate."""
+    result = "the default stays"
+    if outcome.config is not None:
+        gain = outcome.default_microseconds / outcome.microseconds
+        result = f"{outcome.microseconds:.1f} us, {gain:.2f}x: {tuple(outcome.config)}"
+    lines = [
+        f"{job.bucket} ({job.case.layer}): default {outcome.default_microseconds:.1f} us, {result}"
+        f"{f', {len(outcome.skipped)} skipped' if outcome.skipped else ''}"
+    ]
+    lines += [
+        f"  WRONG {tuple(config)}: {error:.3g} times the tolerance"
+        for config, error in outcome.wrong.items()
+    ]
+    return "\n".join(lines)
+
+
+def architecture(device: torch.device) -> str:
+    """What the kernels are compiled for, such as sm90 or gfx942."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName
+    return f"sm{properties.major}{properties.minor}"
+
+
+def git_commit() -> str:
+    """The commit of this checkout, or "unknown"."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write kernels/configs/<GPU>.json")
+    parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
+    parser.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="begin no bucket after that"
+    )
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--suite", nargs="+", choices=suites(), default=suites())
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--dry-run", action="store_true", help="list what would be tried")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("expected a GPU to measure on; --dry-run lists what would be tried")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tune; 1 if any candidate was wrong."""
+    options = parse(arguments)
+    jobs = jobs_of(read_cases(options.suite, options.dtype, options.layout), options.kernel)
+    if options.dry_run:
+        return list_candidates(jobs)
+    from gpu_timer import time_on_gpu
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    file = ConfigFile(tuned_configs.device_name(device), architecture(device))
+    if options.resume:
+        file.resume()
+    wrong = tune(jobs, device, time_on_gpu, file, options.write, options.budget)
+    return int(wrong > 0)
+
+
+def list_candidates(jobs: list[Job]) -> int:
+    """Print the buckets, the layers they are tuned on and how many configs would be tried."""
+    gpu = torch.cuda.is_available()
+    size = (
+        multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+        if gpu
+        else MULTIPROCESSORS_OF_DRY_RUN
+    )
+    total = 0
+    for job in jobs:
+        configs = candidates(job, size)
+        total += len(configs)
+        print(f"{job.bucket} ({job.case.layer} {job.case.shape_name}): {len(configs)} configs")
+    print(f"{len(jobs)} buckets, {total} configs, for a GPU of {size} multiprocessors.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
