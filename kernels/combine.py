@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 COMBINED_AT_ONCE = tl.constexpr(1024)  # partial sums that one program reads in a step
 
@@ -66,8 +67,8 @@ def workspace(
     partials = torch.empty((splits, 2, channels), dtype=torch.float64, device=input.device)
     if input.is_cuda and torch.cuda.is_current_stream_capturing():
         return partials, torch.zeros(blocks, dtype=torch.int32, device=input.device)
-    stream = torch.cuda.current_stream(input.device).cuda_stream if input.is_cuda else 0
-    key = input.device.index, stream
+    index = input.device.index
+    key = index, driver.active.get_current_stream(index) if input.is_cuda else 0
     arrivals = _arrivals.get(key)
     if arrivals is None or arrivals.numel() < blocks:
         arrivals = torch.zeros(blocks, dtype=torch.int32, device=input.device)

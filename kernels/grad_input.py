@@ -42,6 +42,7 @@ def grad_input_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SPAN_ROWS: tl.constexpr,
     INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):
     block, last_tile, tiles = tiles_of_program(
         tl.program_id(0),
@@ -61,9 +62,11 @@ def grad_input_kernel(
         columns,
         reciprocal,
         CHANNELS_LAST,
+        VECTOR,
         BLOCK_COLUMNS,
         SPAN_ROWS,
         INDEX,
+        ALIGNED,
     )
     if not CHANNELS_LAST:  # the one block is on its way while coefficients are computed
         offsets, present = locate_output_tile(
@@ -164,6 +167,7 @@ def grad_input(
         BLOCK_COLUMNS=config.block_columns,
         SPAN_ROWS=span_rows,
         INDEX=index,
+        ALIGNED=shape.columns % shape.vector == 0,
         num_warps=config.num_warps,
     )
     return output

@@ -10,6 +10,7 @@ channels-first memory samples x positions of one channel. The columns of a tile 
 memory. Offsets are 64-bit wherever a tensor may have 2**31 elements and more.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -37,16 +38,21 @@ class Geometry(NamedTuple):
 
 def geometry(tensor: torch.Tensor) -> Geometry:
     """See a tensor (N, C, *spatial), dense in either layout, as rows and columns."""
-    samples, channels = tensor.shape[:2]
-    positions = math.prod(tensor.shape[2:])
-    widest = VECTOR_BYTES // tensor.element_size()
-    if positions == 1 or not tensor.is_contiguous():
+    return _see(tensor.shape, tensor.is_contiguous(), tensor.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _see(sizes: torch.Size, contiguous: bool, item_size: int) -> Geometry:
+    samples, channels = sizes[:2]
+    positions = math.prod(sizes[2:])
+    widest = VECTOR_BYTES // item_size
+    if positions == 1 or not contiguous:
         return Geometry(True, samples * positions, channels, 1, math.gcd(channels, widest))
     if channels == 1:
         samples, positions = 1, samples * positions
     # A row may start anywhere; it is read as the aligned vectors that cover it, and the last of
     # those ends inside the tensor only if the tensor is a whole number of vectors.
-    return Geometry(False, samples, channels, positions, math.gcd(tensor.numel(), widest))
+    return Geometry(False, samples, channels, positions, math.gcd(math.prod(sizes), widest))
 
 
 def span_of_row(shape: Geometry) -> int:
@@ -196,8 +202,11 @@ def tiles_of_program(
         block = 0
         elements = rows.to(INDEX) * channels * columns
         flat_blocks = tl.cdiv(elements, BLOCK_COLUMNS)
-        part = tl.cdiv(flat_blocks, splits)
-        last_tile = (splits - program % splits) * part - 1 - program // splits
+        last_tile = flat_blocks - 1 - program
+        if splits > 1:
+            step = program.to(tl.uint32) // splits.to(tl.uint32)
+            part = program - step.to(tl.int32) * splits
+            last_tile = (splits - part) * tl.cdiv(flat_blocks, splits) - 1 - step.to(tl.int32)
         tiles = tl.where(last_tile < flat_blocks, 1, 0)
         last_tile = tl.minimum(last_tile, flat_blocks - 1)
     return block, last_tile, tiles
@@ -211,25 +220,38 @@ def channels_of_tile(
     columns,
     reciprocal,
     CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SPAN_ROWS: tl.constexpr,
     INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """The channels that a program writes, [K]; which of them exist; whose each element of it is."""
+    """The channels that a program writes, [K]; which of them exist; whose each element of it is.
+
+    ALIGNED: rows are whole numbers of vectors, so that the elements of a vector have one owner.
+    """
     lane = tl.arange(0, BLOCK_COLUMNS)
     if CHANNELS_LAST:
         channel = block * BLOCK_COLUMNS + lane
         row = lane
     else:
         start = tile.to(INDEX) * BLOCK_COLUMNS
-        first_row = start // columns
-        position = start - first_row * columns
-        first_channel = (first_row % channels).to(tl.int32)
-        channel = (first_channel + tl.arange(0, SPAN_ROWS)) % channels
+        if INDEX == tl.int32:  # unsigned, it takes half the instructions
+            first_row = (start.to(tl.uint32) // columns.to(tl.uint32)).to(tl.int32)
+            first_channel = first_row.to(tl.uint32) % channels.to(tl.uint32)
+        else:
+            first_row = start // columns
+            first_channel = first_row % channels
+        position = (start - first_row * columns).to(tl.int32)
+        channel = first_channel.to(tl.int32) + tl.arange(0, SPAN_ROWS)
+        if ALIGNED:
+            lane = lane // VECTOR * VECTOR
         if SPAN_ROWS == 2:
-            row = (lane >= tl.minimum(columns - position, BLOCK_COLUMNS).to(tl.int32)).to(tl.int32)
+            channel = tl.where(channel < channels, channel, channel - channels)
+            row = (lane >= tl.minimum(columns - position, BLOCK_COLUMNS)).to(tl.int32)
         else:  # divides by columns, exactly: they are few enough for the rounding of the reciprocal
-            numerator = (position.to(tl.int32) + lane).to(tl.uint32)
+            channel %= channels
+            numerator = (position + lane).to(tl.uint32)
             row = tl.umulhi(numerator, reciprocal.to(tl.uint32)).to(tl.int32)
     return channel, channel < channels, row
 

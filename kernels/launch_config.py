@@ -17,8 +17,8 @@ WRITERS = ("normalize", "grad_input")
 LONGEST_CHAIN = 64
 MOST_PROGRAMS = 65535  # that share a channel
 VECTORS_OF_THREAD = 4  # 16-byte loads in flight in each thread, of all the tensors it reads
-THREADS = 128
-RESIDENT = 4  # programs of 128 threads and 128 registers that fit a multiprocessor of any GPU
+MOST_WARPS = 4
+RESIDENT_WARPS = 16  # of 128 registers a thread: so many fit a multiprocessor of any GPU
 START = 2  # what a program costs beside its tiles, in tiles
 MOST_WAVES = 8
 MULTIPROCESSORS_OF_INTERPRETER = 4  # enough to split reductions, few enough to run in Python
@@ -59,38 +59,46 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
     kernel: "moments", "grad_moments", "normalize" or "grad_input".
     """
     tensors_read = 2 if kernel in ("grad_moments", "grad_input") else 1
-    block = THREADS * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
-    if shape.channels_last or kernel in REDUCTIONS:
-        return _tiles(kernel, shape, block, multiprocessors)
-    # Few threads and large blocks, as each block computes the coefficients of its channels anew;
-    # but not larger than a row, so that a block meets two channels at most, and not fewer than
-    # two a multiprocessor.
+    of_warp = 32 * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
+    if kernel in REDUCTIONS or shape.channels_last:
+        return _tiles(kernel, shape, of_warp, multiprocessors)
+    # Each warp computes the coefficients of its channels anew, so that it takes many elements; half
+    # as many where each element of a vector may need a coefficient of its own, in a register.
+    whole_vectors = shape.columns % shape.vector == 0 and shape.vector >= 4
+    if tensors_read == 2 and (whole_vectors or shape.vector == 4):
+        of_warp *= 2
+    block = of_warp * MOST_WARPS
     elements = shape.values * shape.channels
-    while block > 1024 and (
-        1024 <= shape.columns < block or elements < 2 * block * multiprocessors
-    ):
+    while block > of_warp and elements < 2 * block * multiprocessors:
         block //= 2
     # Where the channels do not all run at once, the reduction leaves the last of them in the cache,
     # of every sample. So all samples are walked side by side, from the last channel to the first.
     reduction = default_config(REDUCTIONS[WRITERS.index(kernel)], shape, multiprocessors)
-    one_by_one = shape.channels * reduction.programs > RESIDENT * multiprocessors
-    return LaunchConfig(1, block, max(shape.rows, 1) if one_by_one else 1, THREADS // 32)
+    one_by_one = shape.channels * reduction.programs > _slots(reduction, multiprocessors)
+    return LaunchConfig(1, block, max(shape.rows, 1) if one_by_one else 1, block // of_warp)
 
 
-def _tiles(kernel: str, shape: Geometry, elements: int, multiprocessors: int) -> LaunchConfig:
-    """Tiles of so many elements, and programs that keep all multiprocessors busy."""
+def _slots(config: LaunchConfig, multiprocessors: int) -> int:
+    """Programs that run at the same time."""
+    return RESIDENT_WARPS // config.num_warps * multiprocessors
+
+
+def _tiles(kernel: str, shape: Geometry, of_warp: int, multiprocessors: int) -> LaunchConfig:
+    """Tiles of so many elements a warp, and programs that keep all multiprocessors busy."""
+    most = of_warp * MOST_WARPS
     if shape.channels_last:
         block_columns = min(triton.next_power_of_2(shape.channels), 64)
         if 0 < shape.channels % 64 <= 32 < shape.channels:
             block_columns = 32  # fewer lanes without a channel
     else:
         longest = max(span_of_row(shape), shape.vector)
-        block_columns = min(triton.next_power_of_2(longest), elements)
-    block_rows = min(elements // block_columns, triton.next_power_of_2(max(shape.rows, 1)))
-    config = LaunchConfig(block_rows, block_columns, 1, THREADS // 32)
+        block_columns = min(triton.next_power_of_2(longest), most)
+    block_rows = min(most // block_columns, triton.next_power_of_2(max(shape.rows, 1)))
+    warps = max(block_rows * block_columns // of_warp, 1)
+    config = LaunchConfig(block_rows, block_columns, 1, warps)
     tiles = count_tiles(shape, block_rows, block_columns)
     blocks = reduction_blocks(shape, config)
-    slots = RESIDENT * multiprocessors
+    slots = _slots(config, multiprocessors)
 
     def cost(config: LaunchConfig) -> tuple[int, int]:
         """Waves times the tiles of the longest program; then, how many programs."""
@@ -116,6 +124,7 @@ def fit_programs(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchCo
     return config._replace(programs=max(programs, 1))
 
 
+@functools.lru_cache(maxsize=4096)
 def reduction_blocks(shape: Geometry, config: LaunchConfig) -> int:
     """Channels, or blocks of channels, that are reduced apart from each other."""
     if shape.channels_last:
@@ -130,6 +139,7 @@ def reduction_blocks(shape: Geometry, config: LaunchConfig) -> int:
     return shape.channels
 
 
+@functools.lru_cache(maxsize=4096)
 def output_grid(shape: Geometry, config: LaunchConfig) -> tuple[int, int, int, tl.dtype]:
     """How a map is written: programs, rows that a flat block can touch, 2**32 / columns rounded up,
     and the dtype of offsets.

@@ -93,6 +93,7 @@ def normalize_kernel(
     SPAN_ROWS: tl.constexpr,
     INDEX: tl.constexpr,
     STATISTICS_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):
     """Program 0 updates the running statistics, the others write y."""
     program = tl.program_id(0) - 1
@@ -126,9 +127,11 @@ def normalize_kernel(
             columns,
             reciprocal,
             CHANNELS_LAST,
+            VECTOR,
             BLOCK_COLUMNS,
             SPAN_ROWS,
             INDEX,
+            ALIGNED,
         )
         if not CHANNELS_LAST:  # the one block is on its way while coefficients are computed
             offsets, present = locate_output_tile(
@@ -222,6 +225,7 @@ def normalize(
         SPAN_ROWS=span_rows,
         INDEX=index,
         STATISTICS_BLOCK=STATISTICS_BLOCK,
+        ALIGNED=shape.columns % shape.vector == 0,
         num_warps=config.num_warps,
     )
     return output

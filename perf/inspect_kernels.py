@@ -20,6 +20,7 @@ import torch
 import triton
 from candidates import KERNELS, empty_input
 from cases import DTYPES, LAYOUTS, Case, read_cases, suites
+from no_gpu import NoGPU
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -29,25 +30,6 @@ from triton_syncbn.kernels.indexing import geometry
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
-
-
-class NoGPU:
-    """Stands in for the driver: names the target, and the compiler asks for nothing else."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        """The architecture that is compiled for."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """One device."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """The default stream."""
-        return 0
 
 
 def compile_kernel(name: str, case: Case, multiprocessors: int, target: GPUTarget) -> Any:

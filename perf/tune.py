@@ -8,6 +8,7 @@ a run that was stopped goes on with --resume.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib

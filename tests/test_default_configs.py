@@ -84,12 +84,12 @@ def test_the_last_wave_of_a_reduction_is_not_nearly_empty(name, gpu):
     of 16 tiles a slot and more. Programs as many as four a multiprocessor and a few more would
     take twice as long as they need.
     """
-    slots = launch_config.RESIDENT * GPUS[gpu]
     seen = 0
     for case, shape in SEEN:
         config = default_config(name, shape, GPUS[gpu])
         tiles = count_tiles(shape, config.block_rows, config.block_columns)
         blocks = reduction_blocks(shape, config)
+        slots = launch_config.RESIDENT_WARPS // config.num_warps * GPUS[gpu]
         if tiles * blocks < 16 * slots:
             continue
         seen += 1

@@ -39,6 +39,8 @@ _SCHEMAS = {
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether the channels of (N, C, *spatial) lie next to each other in memory, without gaps."""
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
     return tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()
 
 
@@ -74,11 +76,14 @@ def _step(name: str, device_type: str) -> Callable[..., Any]:
     return getattr(reference, name)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, so make it that of the tensors."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    return contextlib.nullcontext()
+    return _HERE
 
 
 def _moments(input: Tensor) -> Tensor:
