@@ -18,7 +18,7 @@ from .indexing import (
     locate_tile,
     sum_over_values,
 )
-from .launch_config import LaunchConfig, compute_dtype, reduction_blocks
+from .launch_config import LaunchConfig, compute_dtype, index_dtype, reduction_blocks
 from .statistics import cast_down, mean_and_variance, split_high_low
 from .tuned_configs import lookup
 
@@ -45,6 +45,7 @@ def grad_moments_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
     ALIGNED: tl.constexpr = False,
+    INDEX: tl.constexpr = tl.int64,
 ):
     """Program b * splits + s reduces tiles s, s + splits, ... of channel (or channels' block) b."""
     block = tl.program_id(0) // splits
@@ -65,6 +66,7 @@ def grad_moments_kernel(
         BLOCK_ROWS,
         BLOCK_COLUMNS,
         ALIGNED,
+        INDEX,
     )
     grad = tl.load(grad_output + offsets, mask=load, other=0.0)
     value = tl.load(input + offsets, mask=load, other=0.0)
@@ -94,6 +96,7 @@ def grad_moments_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             ALIGNED,
+            INDEX,
         )
         grad = tl.load(grad_output + offsets, mask=load, other=0.0)
         value = tl.load(input + offsets, mask=load, other=0.0)
@@ -170,6 +173,7 @@ def grad_moments(
         BLOCK_COLUMNS=config.block_columns,
         SPLIT=config.programs > 1,
         ALIGNED=shape.columns % shape.vector == 0,
+        INDEX=index_dtype(shape),
         num_warps=config.num_warps,
     )
     return output, grad_weight, grad_bias

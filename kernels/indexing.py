@@ -7,7 +7,7 @@ A tensor of shape (N, C, *spatial), S = product of the spatial sizes, is seen as
 
 Reductions read tiles of [BLOCK_ROWS, BLOCK_COLUMNS]: in channels-last memory rows x channels, in
 channels-first memory samples x positions of one channel. The columns of a tile are consecutive in
-memory. Offsets are 64-bit wherever a tensor may have 2**31 elements and more.
+memory. Offsets are of the dtype INDEX: 64-bit where a tensor has about 2**31 elements and more.
 """
 
 import functools
@@ -102,21 +102,22 @@ def locate_tile(
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr = False,
+    ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """Place tile number `tile` of a channel, or of a block of channels. ALIGNED: channels-first
     rows are whole numbers of vectors, so that no vector holds elements of two.
 
-    A tile after the last one holds nothing. Returns offsets int64 [BLOCK_ROWS, BLOCK_COLUMNS]; the
+    A tile after the last one holds nothing. Returns offsets [BLOCK_ROWS, BLOCK_COLUMNS]; the
     mask of what to load, constant over whole vectors; the lanes of each row that belong to the
     channel, from `begin` to before `end`, int32 [BLOCK_ROWS, 1]; and how many values of each
     channel the tile holds.
     """
-    row = tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
+    row = tl.arange(0, BLOCK_ROWS)[:, None].to(INDEX)
     lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
     vector_start = lane // VECTOR * VECTOR
     if CHANNELS_LAST:
-        first_row = tile.to(tl.int64) * BLOCK_ROWS
+        first_row = tile.to(INDEX) * BLOCK_ROWS
         row += first_row
         first = block * BLOCK_COLUMNS
         offsets = row * (channels // VECTOR * VECTOR) + (first + lane)
@@ -125,7 +126,7 @@ def locate_tile(
         number = tl.minimum(rows - first_row, BLOCK_ROWS)
     else:
         chunks, chunk_vectors, longer_chunks = cut_rows(columns, VECTOR, BLOCK_COLUMNS)
-        first_row = (tile // chunks).to(tl.int64) * BLOCK_ROWS
+        first_row = (tile // chunks).to(INDEX) * BLOCK_ROWS
         chunk = tile % chunks
         row += first_row
         row_start = (row * channels + block) * columns
@@ -133,7 +134,7 @@ def locate_tile(
         if ALIGNED:  # the compiler does not find out
             row_start = aligned_start
         before = row_start - aligned_start  # values of the row before, in the first vector
-        first = (chunk * chunk_vectors + tl.minimum(chunk, longer_chunks)).to(tl.int64) * VECTOR
+        first = (chunk * chunk_vectors + tl.minimum(chunk, longer_chunks)).to(INDEX) * VECTOR
         size = (chunk_vectors + tl.where(chunk < longer_chunks, 1, 0)) * VECTOR
         begin = tl.maximum(before - first, 0).to(tl.int32)
         end = tl.minimum(before + columns - first, size)
@@ -236,7 +237,7 @@ def channels_of_tile(
         row = lane
     else:
         start = tile.to(INDEX) * BLOCK_COLUMNS
-        if INDEX == tl.int32:  # unsigned, it takes half the instructions
+        if tl.int32 == INDEX:  # unsigned, it takes half the instructions
             first_row = (start.to(tl.uint32) // columns.to(tl.uint32)).to(tl.int32)
             first_channel = first_row.to(tl.uint32) % channels.to(tl.uint32)
         else:
@@ -274,7 +275,17 @@ def locate_output_tile(
     """
     if CHANNELS_LAST:
         offsets, mask, _begin, _end, _number = locate_tile(
-            tile, block, rows, channels, columns, CHANNELS_LAST, VECTOR, BLOCK_ROWS, BLOCK_COLUMNS
+            tile,
+            block,
+            rows,
+            channels,
+            columns,
+            CHANNELS_LAST,
+            VECTOR,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            False,
+            INDEX,
         )
         mask = mask & (tile >= 0)
     else:

@@ -45,6 +45,11 @@ def compute_dtype(tensor: torch.Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
+def index_dtype(shape: Geometry) -> tl.dtype:
+    """The dtype of offsets: 64 bits where 32 do not suffice; they take twice the instructions."""
+    return tl.int64 if shape.values * shape.channels >= WIDE_FROM else tl.int32
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; of the interpreter, a small number."""
@@ -60,12 +65,14 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
     """
     tensors_read = 2 if kernel in ("grad_moments", "grad_input") else 1
     of_warp = 32 * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
+    # Where an element may differ from its neighbours in the same vector, each takes registers.
+    apart = not shape.channels_last and shape.columns % shape.vector != 0 and shape.vector > 4
     if kernel in REDUCTIONS or shape.channels_last:
+        if kernel == "moments" and apart:
+            of_warp //= 2
         return _tiles(kernel, shape, of_warp, multiprocessors)
-    # Each warp computes the coefficients of its channels anew, so that it takes many elements; half
-    # as many where each element of a vector may need a coefficient of its own, in a register.
-    whole_vectors = shape.columns % shape.vector == 0 and shape.vector >= 4
-    if tensors_read == 2 and (whole_vectors or shape.vector == 4):
+    # Each warp computes the coefficients of its channels anew, so that it takes many elements.
+    if kernel == "grad_input" and not apart and shape.vector >= 4:
         of_warp *= 2
     block = of_warp * MOST_WARPS
     elements = shape.values * shape.channels
@@ -84,9 +91,14 @@ def _slots(config: LaunchConfig, multiprocessors: int) -> int:
 
 
 def _tiles(kernel: str, shape: Geometry, of_warp: int, multiprocessors: int) -> LaunchConfig:
-    """Tiles of so many elements a warp, and programs that keep all multiprocessors busy."""
-    most = of_warp * MOST_WARPS
+    """Tiles of so many elements a warp, and programs that keep all multiprocessors busy.
+
+    A channels-first channel is added up by single warps, which need not wait for each other; where
+    channels are added up side by side, larger programs leave fewer partial sums behind.
+    """
+    most = of_warp
     if shape.channels_last:
+        most *= MOST_WARPS
         block_columns = min(triton.next_power_of_2(shape.channels), 64)
         if 0 < shape.channels % 64 <= 32 < shape.channels:
             block_columns = 32  # fewer lanes without a channel
@@ -148,11 +160,10 @@ def output_grid(shape: Geometry, config: LaunchConfig) -> tuple[int, int, int, t
     """
     if shape.channels_last:
         programs = triton.cdiv(shape.channels, config.block_columns) * config.programs
-        return programs, 1, 0, tl.int64
+        return programs, 1, 0, index_dtype(shape)
     elements = shape.values * shape.channels
     columns = max(shape.columns, 2)
     span_rows = triton.next_power_of_2(triton.cdiv(config.block_columns, columns) + 1)
-    index = tl.int64 if elements >= WIDE_FROM else tl.int32
     programs = triton.cdiv(triton.cdiv(elements, config.block_columns), config.programs)
     programs *= config.programs
-    return programs, span_rows, triton.cdiv(2**32, columns), index
+    return programs, span_rows, triton.cdiv(2**32, columns), index_dtype(shape)

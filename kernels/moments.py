@@ -19,7 +19,7 @@ from .indexing import (
     locate_tile,
     sum_over_values,
 )
-from .launch_config import LaunchConfig, compute_dtype, reduction_blocks
+from .launch_config import LaunchConfig, compute_dtype, index_dtype, reduction_blocks
 from .tuned_configs import lookup
 
 
@@ -40,6 +40,7 @@ def moments_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
     ALIGNED: tl.constexpr = False,
+    INDEX: tl.constexpr = tl.int64,
 ):
     """Program b * splits + s reduces tiles s, s + splits, ... of channel (or channels' block) b."""
     block = tl.program_id(0) // splits
@@ -60,6 +61,7 @@ def moments_kernel(
         BLOCK_ROWS,
         BLOCK_COLUMNS,
         ALIGNED,
+        INDEX,
     )
     value = tl.load(input + offsets, mask=load, other=0.0)
     valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
@@ -85,6 +87,7 @@ def moments_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             ALIGNED,
+            INDEX,
         )
         value = tl.load(input + offsets, mask=load, other=0.0)
         deviations += deviation
@@ -145,6 +148,7 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
         BLOCK_COLUMNS=config.block_columns,
         SPLIT=config.programs > 1,
         ALIGNED=shape.columns % shape.vector == 0,
+        INDEX=index_dtype(shape),
         num_warps=config.num_warps,
     )
     return output

@@ -19,7 +19,7 @@ from triton_syncbn.kernels.launch_config import (
 from triton_syncbn.kernels.tuned_configs import Bucket, bucket_of, check_config
 
 KERNELS: tuple[str, ...] = REDUCTIONS + WRITERS
-TILES = (1024, 2048, 4096, 8192)  # elements
+TILES = (512, 1024, 2048, 4096, 8192)  # elements
 WARPS = (1, 2, 4, 8)
 # Of a thread: fewer load too little at a time (one warp may), more do not fit its registers.
 LEAST_ELEMENTS, MOST_ELEMENTS = 8, 64

@@ -114,9 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
                 launches = count[0]
                 least = microseconds(step, options.repeats, options.rounds)
                 left = "the library and autograd" if whole else "with Triton's work for launches"
-                print(
-                    f"{options.layout}, {left}: {least:.1f} us a forward + backward, {launches} launches"
-                )
+                print(f"{options.layout}, {left}: {least:.1f} us, {launches} launches")
                 if options.profile and whole:
                     with cProfile.Profile() as profile:
                         for _ in range(options.repeats):
