@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help compare test test-gpu soak sanitize lint format clean
+.PHONY: help compare tune test test-gpu soak sanitize lint format clean
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one); ARGS='--help' for options"
+	@echo "make tune      find configs for the GPU of this machine; ARGS='--resume --budget 30' goes on for half an hour"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make soak      train many layers for many steps in four processes"
@@ -25,6 +26,9 @@ help:
 
 compare: .venv/installed
 	$(BIN)/python perf/compare.py $(ARGS)
+
+tune: .venv/installed
+	$(BIN)/python perf/tune.py --write $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)

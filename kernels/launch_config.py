@@ -19,6 +19,7 @@ MOST_PROGRAMS = 65535  # that share a channel
 VECTORS_OF_THREAD = 4  # 16-byte loads in flight in each thread, of all the tensors it reads
 MOST_WARPS = 4
 RESIDENT_WARPS = 16  # of 128 registers a thread: so many fit a multiprocessor of any GPU
+RESIDENT_SMALL_WARPS = 24  # of 80 registers
 START = 2  # what a program costs beside its tiles, in tiles
 MOST_WAVES = 8
 MULTIPROCESSORS_OF_INTERPRETER = 4  # enough to split reductions, few enough to run in Python
@@ -65,14 +66,12 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
     """
     tensors_read = 2 if kernel in ("grad_moments", "grad_input") else 1
     of_warp = 32 * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
-    # Where an element may differ from its neighbours in the same vector, each takes registers.
-    apart = not shape.channels_last and shape.columns % shape.vector != 0 and shape.vector > 4
     if kernel in REDUCTIONS or shape.channels_last:
-        if kernel == "moments" and apart:
+        if kernel == "moments" and _apart(shape):
             of_warp //= 2
         return _tiles(kernel, shape, of_warp, multiprocessors)
     # Each warp computes the coefficients of its channels anew, so that it takes many elements.
-    if kernel == "grad_input" and not apart and shape.vector >= 4:
+    if kernel == "grad_input" and not _apart(shape) and shape.vector >= 4:
         of_warp *= 2
     block = of_warp * MOST_WARPS
     elements = shape.values * shape.channels
@@ -80,14 +79,26 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
         block //= 2
     # Where the channels do not all run at once, the reduction leaves the last of them in the cache,
     # of every sample. So all samples are walked side by side, from the last channel to the first.
-    reduction = default_config(REDUCTIONS[WRITERS.index(kernel)], shape, multiprocessors)
-    one_by_one = shape.channels * reduction.programs > _slots(reduction, multiprocessors)
+    before = REDUCTIONS[WRITERS.index(kernel)]
+    reduction = default_config(before, shape, multiprocessors)
+    one_by_one = shape.channels * reduction.programs > slots(
+        before, shape, reduction, multiprocessors
+    )
     return LaunchConfig(1, block, max(shape.rows, 1) if one_by_one else 1, block // of_warp)
 
 
-def _slots(config: LaunchConfig, multiprocessors: int) -> int:
-    """Programs that run at the same time."""
-    return RESIDENT_WARPS // config.num_warps * multiprocessors
+def _apart(shape: Geometry) -> bool:
+    """Whether the elements of a vector may belong to two rows: each then takes registers of its
+    own, which fills them where a vector holds eight.
+    """
+    return not shape.channels_last and shape.columns % shape.vector != 0 and shape.vector > 4
+
+
+def slots(kernel: str, shape: Geometry, config: LaunchConfig, multiprocessors: int) -> int:
+    """Programs that run at the same time, as far as their registers go."""
+    small = kernel == "moments" and _apart(shape)
+    resident = RESIDENT_SMALL_WARPS if small else RESIDENT_WARPS
+    return resident // config.num_warps * multiprocessors
 
 
 def _tiles(kernel: str, shape: Geometry, of_warp: int, multiprocessors: int) -> LaunchConfig:
@@ -110,14 +121,14 @@ def _tiles(kernel: str, shape: Geometry, of_warp: int, multiprocessors: int) -> 
     config = LaunchConfig(block_rows, block_columns, 1, warps)
     tiles = count_tiles(shape, block_rows, block_columns)
     blocks = reduction_blocks(shape, config)
-    slots = _slots(config, multiprocessors)
+    available = slots(kernel, shape, config, multiprocessors)
 
     def cost(config: LaunchConfig) -> tuple[int, int]:
         """Waves times the tiles of the longest program; then, how many programs."""
-        waves = triton.cdiv(blocks * config.programs, slots)
+        waves = triton.cdiv(blocks * config.programs, available)
         return waves * (triton.cdiv(tiles, config.programs) + START), config.programs
 
-    filling = (max(waves * slots // blocks, 1) for waves in range(1, MOST_WAVES + 1))
+    filling = (max(waves * available // blocks, 1) for waves in range(1, MOST_WAVES + 1))
     return min(
         (fit_programs(kernel, shape, config._replace(programs=programs)) for programs in filling),
         key=cost,

@@ -115,6 +115,28 @@ def main_loop(instructions: list[tuple[int, str, str]]) -> range | None:
     return best if best is not None and loads(best) else None
 
 
+def loads_in_flight(instructions: list[tuple[int, str, str]], loop: range | None) -> int:
+    """The most loads of the widest kind that are under way when the first of them is waited for.
+
+    Of a loop, two rounds are looked at: what is loaded in one may be used in the next.
+    """
+    body = [i for i in instructions if loop is None or i[0] in loop]
+    widest = max((wide(name) for _, name, _ in body if name.startswith("LDG")), default=0)
+    pending: list[set[int]] = []
+    most = 0
+    for _, name, operands in body if loop is None else body * 2:
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        load = name.startswith("LDG") and wide(name) == widest
+        used = set(registers[1:] if load else registers)
+        needed = [number for number, loaded in enumerate(pending) if loaded & used]
+        if needed:  # loads come back in order
+            most = max(most, len(pending))
+            pending = pending[max(needed) + 1 :]
+        if load:
+            pending.append(set(range(registers[0], registers[0] + widest // 32)))
+    return most
+
+
 def wide(name: str) -> int:
     """Bits of a load or store."""
     for bits in (128, 64):
@@ -129,7 +151,6 @@ def account(name: str, case: Case, multiprocessors: int, target: GPUTarget) -> d
     resources, instructions = disassemble(kernel.asm["cubin"])
     loop = main_loop(instructions)
     counted = [i for i in instructions if loop is None or i[0] in loop]
-    kinds = collections.Counter(i[1].split(".")[0] for i in counted)
     widths = collections.Counter(
         f"{i[1].split('.')[0]}{wide(i[1])}" for i in counted if i[1][:3] in ("LDG", "STG")
     )
@@ -145,13 +166,12 @@ def account(name: str, case: Case, multiprocessors: int, target: GPUTarget) -> d
         "registers": int(re.findall(r"REG:(\d+)", resources)[-1]),
         "stack": int(re.findall(r"STACK:(\d+)", resources)[-1]),
         "shared": kernel.metadata.shared,
+        "in_flight": loads_in_flight(instructions, loop),
         "accesses": " ".join(f"{k}x{n}" for k, n in sorted(widths.items())),
         "sass": len(instructions),
         "fp64": doubles,
         "loop": len(counted) if loop else 0,
         "loop_per_element": len(counted) / elements if loop else float("nan"),
-        "sass_per_element": len(instructions) / elements,
-        "top": " ".join(f"{k}:{n}" for k, n in kinds.most_common(6)),
     }
 
 

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 # Runs the functions of a round in turns: seconds of each name.
-Timer = Callable[[dict[Any, Callable[[], Any]]], dict[Any, float]]
+Timer = Callable[[Mapping[Any, Callable[[], Any]]], dict[Any, float]]
 Name = TypeVar("Name")
 
 GAIN = 0.03  # of the time of the default, in every round

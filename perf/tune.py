@@ -22,6 +22,7 @@ import torch
 import triton
 from candidates import KERNELS, Job, candidates, jobs_of
 from cases import DTYPES, LAYOUTS, read_cases, suites
+from gpu_timer import time_on_gpu
 from launches import KernelOfLayer
 from selection import ROUNDS, Timer, finalists, winner
 from tqdm import tqdm
@@ -222,8 +223,6 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = jobs_of(read_cases(options.suite, options.dtype, options.layout), options.kernel)
     if options.dry_run:
         return list_candidates(jobs)
-    from gpu_timer import time_on_gpu
-
     device = torch.device("cuda", torch.cuda.current_device())
     file = ConfigFile(tuned_configs.device_name(device), architecture(device))
     if options.resume:

@@ -89,7 +89,7 @@ def test_the_last_wave_of_a_reduction_is_not_nearly_empty(name, gpu):
         config = default_config(name, shape, GPUS[gpu])
         tiles = count_tiles(shape, config.block_rows, config.block_columns)
         blocks = reduction_blocks(shape, config)
-        slots = launch_config.RESIDENT_WARPS // config.num_warps * GPUS[gpu]
+        slots = launch_config.slots(name, shape, config, GPUS[gpu])
         if tiles * blocks < 16 * slots:
             continue
         seen += 1
