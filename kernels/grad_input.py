@@ -9,14 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .indexing import (
+from .indexing import geometry
+from .launch_config import LaunchConfig, compute_dtype, output_grid
+from .output_indexing import (
     channels_of_tile,
-    geometry,
     locate_output_tile,
     spread,
     tiles_of_program,
 )
-from .launch_config import LaunchConfig, compute_dtype, output_grid
 from .statistics import cast_down, load_parameter, mean_and_variance, split_high_low
 from .tuned_configs import lookup
 
