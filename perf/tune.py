@@ -9,19 +9,15 @@ a run that was stopped goes on with --resume.
 
 import argparse
 import functools
-import json
-import os
-import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from candidates import KERNELS, Job, candidates, jobs_of
 from cases import DTYPES, LAYOUTS, read_cases, suites
+from config_file import ConfigFile
 from gpu_timer import time_on_gpu
 from launches import KernelOfLayer
 from selection import ROUNDS, Timer, finalists, winner
@@ -29,8 +25,6 @@ from tqdm import tqdm
 from triton_syncbn.kernels import tuned_configs
 from triton_syncbn.kernels.launch_config import LaunchConfig, multiprocessors
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "kernels" / "configs"
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
 
 
@@ -77,62 +71,6 @@ def tune_job(job: Job, device: torch.device, timer: Timer) -> Outcome:
     return Outcome(chosen, least[shown], least[default], wrong, skipped)
 
 
-class ConfigFile:
-    """The file of a GPU: entries, and buckets where the default stays."""
-
-    def __init__(self, name: str, arch: str) -> None:
-        self.path = FOLDER / tuned_configs.file_name(name)
-        self.content: dict[str, Any] = {
-            "schema": tuned_configs.SCHEMA,
-            "device": name,
-            "arch": arch,
-            "triton": triton.__version__,
-            "commit": git_commit(),
-            "entries": {},
-            "defaults": {},
-        }
-
-    def resume(self) -> None:
-        """Go on where the file of an earlier run ends.
-
-        Raises ValueError if it was made for another GPU, by another Triton or of another commit.
-        """
-        if not self.path.exists():
-            return
-        earlier = json.loads(self.path.read_text(encoding="utf-8"))
-        for key in ("schema", "device", "arch", "triton", "commit"):
-            if earlier.get(key) != self.content[key]:
-                raise ValueError(
-                    f"{self.path}: {key}: expected {self.content[key]!r} to go on, got "
-                    f"{earlier.get(key)!r}; run without --resume"
-                )
-        self.content = earlier
-
-    def knows(self, job: Job) -> bool:
-        """Whether a bucket has been decided."""
-        return str(job.bucket) in self.content["entries"] | self.content["defaults"]
-
-    def add(self, job: Job, outcome: Outcome) -> None:
-        """Take in what was found for a bucket."""
-        entry = {
-            "shape": f"{job.case.shape_name} {job.case.dtype}",
-            "microseconds": round(outcome.microseconds, 3),
-            "default_microseconds": round(outcome.default_microseconds, 3),
-        }
-        if outcome.config is None:
-            del entry["microseconds"]
-            self.content["defaults"][str(job.bucket)] = entry
-        else:
-            self.content["entries"][str(job.bucket)] = {"config": outcome.config._asdict(), **entry}
-
-    def write(self) -> None:
-        """Write the file whole, or leave it as it is."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.path)
-
-
 def tune(
     jobs: list[Job],
     device: torch.device,
@@ -157,7 +95,7 @@ def tune(
         wrong += len(outcome.wrong)
         progress.write(describe(job, outcome))
         if outcome.default_microseconds > 0:  # not NaN: the default is right
-            file.add(job, outcome)
+            file.add(job, *outcome[:3])
             if write:
                 file.write()
     return wrong
@@ -186,14 +124,6 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return properties.gcnArchName
     return f"sm{properties.major}{properties.minor}"
-
-
-def git_commit() -> str:
-    """The commit of this checkout, or "unknown"."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

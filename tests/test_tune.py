@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 import candidates
+import config_file
 import selection
 import tune
 from cases import Case, read_cases, suites
@@ -31,7 +32,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """Where files are written; nothing is remembered from other tests."""
-    monkeypatch.setattr(tune, "FOLDER", tmp_path)
+    monkeypatch.setattr(config_file, "FOLDER", tmp_path)
     lookup.cache_clear()
     tuned_configs._find.cache_clear()
     yield tmp_path
@@ -40,7 +41,7 @@ def folder(monkeypatch, tmp_path):
 
 
 def make_file():
-    return tune.ConfigFile(GPU_NAME, "none")
+    return config_file.ConfigFile(GPU_NAME, "none")
 
 
 def found(config, microseconds=8.0, default=10.0):
