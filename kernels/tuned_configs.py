@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import launch_config
 from .indexing import Geometry, span_of_row
 from .launch_config import (
     MOST_PROGRAMS,
@@ -25,7 +26,6 @@ from .launch_config import (
     LaunchConfig,
     default_config,
     fit_programs,
-    multiprocessors,
 )
 
 SCHEMA = 1
@@ -95,7 +95,7 @@ def lookup(kernel: str, shape: Geometry, dtype: torch.dtype, device: torch.devic
     _source, configs = _configs_of(device_name(device))
     config = configs.get(bucket_of(kernel, shape, dtype))
     if config is None:
-        return default_config(kernel, shape, multiprocessors(device))
+        return default_config(kernel, shape, launch_config.multiprocessors(device))
     return fit_programs(kernel, shape, config)
 
 
@@ -106,7 +106,7 @@ def config_source(device: torch.device) -> str:
 
 def device_name(device: torch.device) -> str:
     """What the driver calls a GPU, such as "NVIDIA H200"; a name of its own for the interpreter."""
-    return "Triton interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton interpreter"
 
 
 def file_name(name: str) -> str:

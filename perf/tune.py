@@ -9,22 +9,24 @@ a run that was stopped goes on with --resume.
 
 import argparse
 import functools
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from candidates import KERNELS, Job, candidates, jobs_of
 from cases import DTYPES, LAYOUTS, read_cases, suites
 from config_file import ConfigFile
-from gpu_timer import time_on_gpu
 from launches import KernelOfLayer
 from selection import ROUNDS, Timer, finalists, winner
+from timing import Call, time_calls
 from tqdm import tqdm
 from triton_syncbn.kernels import tuned_configs
 from triton_syncbn.kernels.launch_config import LaunchConfig, multiprocessors
 
+SAMPLES = 30  # of a candidate in a round
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
 
 
@@ -118,6 +120,23 @@ def describe(job: Job, outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
+def _run(work: Callable[[], Any], _prepared: Any) -> Any:
+    return work()
+
+
+def gpu_timer(device: torch.device) -> Timer:
+    """Median seconds of functions on a device, from runs that take turns with a cold cache."""
+
+    def timer(functions: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
+        calls = {name: Call(functools.partial(_run, work)) for name, work in functions.items()}
+        return {
+            name: statistics.median(samples.device)
+            for name, samples in time_calls(calls, device, SAMPLES).items()
+        }
+
+    return timer
+
+
 def architecture(device: torch.device) -> str:
     """What the kernels are compiled for, such as sm90 or gfx942."""
     properties = torch.cuda.get_device_properties(device)
@@ -157,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     file = ConfigFile(tuned_configs.device_name(device), architecture(device))
     if options.resume:
         file.resume()
-    wrong = tune(jobs, device, time_on_gpu, file, options.write, options.budget)
+    wrong = tune(jobs, device, gpu_timer(device), file, options.write, options.budget)
     return int(wrong > 0)
 
 

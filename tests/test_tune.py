@@ -167,6 +167,16 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
     assert lookup(name, job.shape, torch.float32, CPU) == faster
 
 
+def test_the_timer_gives_the_median_of_each_function():
+    """Here by the host's clock; on a GPU it is the device's."""
+    runs = []
+    seconds = tune.gpu_timer(CPU)({name: lambda name=name: runs.append(name) for name in "ab"})
+    assert set(seconds) == {"a", "b"}
+    assert all(0 < value < 1 for value in seconds.values())
+    assert runs[:2] == ["a", "b"]
+    assert runs.count("a") == runs.count("b") > tune.SAMPLES
+
+
 def test_no_faster_config_leaves_the_default_and_a_note_of_it(folder):
     (job,) = candidates.jobs_of(TINY[:1], ["moments"])
     file = make_file()
