@@ -120,7 +120,8 @@ class Build(NamedTuple):
     layout: str
     dtype: str
     shape: str  # of the first map that gave this kernel
-    vector: int  # elements of a 16-byte access that the sizes of the map allow
+    vector: int  # elements of the widest access that the sizes of the map allow
+    of_thread: int  # elements of a tile that a thread has, rounded down
     registers: int  # of a thread
     spilled: int  # bytes of a thread, in memory of its own
     shared_bytes: int
@@ -227,9 +228,18 @@ def build_all(name: str, launches: list[Launch]) -> list[Build]:
                         str(dtype).removeprefix("torch."),
                         "x".join(map(str, shape)),
                         geometry(input).vector,
+                        elements_of_thread(kernel),
                         *resources(kernel),
                     )
     return list(builds.values())
+
+
+def elements_of_thread(kernel: Any) -> int:
+    """Elements of a tile for each thread; 0 where there are fewer elements than threads."""
+    names = kernel.src.fn.arg_names
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
+    threads = kernel.metadata.num_warps * kernel.metadata.warp_size
+    return constants["BLOCK_ROWS"] * constants["BLOCK_COLUMNS"] // threads
 
 
 def resources(kernel: Any) -> tuple[int, int, int, dict[str, list[int]]]:
@@ -311,44 +321,47 @@ def faults(build: Build) -> list[str]:
         found.append(f"{build.spilled} bytes of local memory")
     if build.shared_bytes > limit:
         found.append(f"{build.shared_bytes} bytes of shared memory, of {limit}")
-    item_bits = torch.empty((), dtype=getattr(torch, build.dtype)).element_size() * 8
+    wanted = 8 * build.vector * getattr(torch, build.dtype).itemsize
     for name, bits in build.widths.items():
         if not bits:
             found.append(f"no access of {name}")
-        elif bits != [build.vector * item_bits]:
-            found.append(f"{name} is accessed {bits} bits wide, not {build.vector * item_bits}")
+        elif bits != [wanted] and build.of_thread >= build.vector:
+            found.append(f"{name} is accessed {bits} bits wide, not {wanted}")
     return found
 
 
 def table(builds: list[Build]) -> str:
     """A line for each kernel, architecture and layout: the most registers and shared memory, and
-    the widths of the accesses to maps.
+    the widths of the accesses to maps; and the maps whose accesses are narrower than 16 bytes.
     """
     frame = pd.DataFrame([build._asdict() for build in builds])
     frame["width"] = [
-        "/".join(str(bits) for bits in sorted(set().union(*widths.values())))
+        "/".join(map(str, sorted(set().union(*widths.values())))) or "unknown"
         for widths in frame.widths
     ]
-    whole = frame[frame.vector * frame.dtype.map(lambda name: getattr(torch, name).itemsize) == 16]
-    keys = ["kernel", "architecture", "layout"]
-    lines = whole.groupby(keys, sort=False).agg(
-        variants=("shape", "size"),
-        registers=("registers", "max"),
-        spilled=("spilled", "max"),
-        shared_bytes=("shared_bytes", "max"),
-        width=("width", lambda widths: " ".join(sorted(set(widths)))),
+    reason = pd.Series("", frame.index)
+    reason[frame.of_thread < frame.vector] = "fewer elements than a vector for each thread"
+    bytes_wide = frame.vector * [getattr(torch, name).itemsize for name in frame.dtype]
+    reason[bytes_wide < 16] = "sizes that are no multiple of 16 bytes"
+    lines = (
+        frame[reason == ""]
+        .groupby(["kernel", "architecture", "layout"])
+        .agg(
+            variants=("shape", "size"),
+            registers=("registers", "max"),
+            spilled=("spilled", "max"),
+            shared_bytes=("shared_bytes", "max"),
+            width=("width", lambda widths: " ".join(sorted(set(widths)))),
+        )
     )
-    narrow = frame.drop(whole.index)
-    text = [lines.sort_index().to_string()]
+    narrow = frame.assign(reason=reason)[(reason != "") & (frame.width != "128")]
+    shapes = narrow.groupby(["reason", "layout", "dtype"]).shape.agg(
+        lambda s: " ".join(sorted(set(s)))
+    )
+    parts = [lines.to_string()]
     if len(narrow):
-        seen = narrow[["shape", "layout", "dtype", "vector"]].drop_duplicates()
-        text += [
-            "",
-            "Maps whose sizes do not allow 16-byte accesses:",
-            "",
-            seen.to_string(index=False),
-        ]
-    return "\n".join(text)
+        parts += ["Maps that are accessed less than 16 bytes at a time:", shapes.to_frame().to_string()]
+    return "\n\n".join(parts)
 
 
 @contextlib.contextmanager

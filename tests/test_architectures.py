@@ -89,7 +89,7 @@ def test_accesses_are_told_apart_by_the_pointer_they_go_through():
 )
 def test_a_broken_promise_is_found(change, message):
     good = architectures.Build(
-        *("moments", "sm90", "channels_first", "bfloat16", "2x8x4x4", 8, 64, 0, 1024),
+        *("moments", "sm90", "channels_first", "bfloat16", "2x8x4x4", 8, 16, 64, 0, 1024),
         {"input": [128]},
     )
     assert not architectures.faults(good)
