@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help compare tune test test-gpu soak sanitize lint format clean
+.PHONY: help compare tune test test-gpu soak architectures accuracy sanitize lint format clean
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one); ARGS='--help' for options"
@@ -11,6 +11,8 @@ help:
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make soak      train many layers for many steps in four processes"
+	@echo "make architectures   compile every kernel for every architecture: registers, spills, widths"
+	@echo "make accuracy  write tests/ACCURACY.md; ARGS='--examples 1000' to check so many drawn cases"
 	@echo "make sanitize  run the kernel tests on a GPU under compute-sanitizer"
 	@echo "make lint      check style and types; make format to mend style"
 	@echo "make clean     remove the virtual environment and build files"
@@ -38,6 +40,12 @@ test-gpu: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python -m pytest tests/test_soak.py --soak-steps 300 $(ARGS)
+
+architectures: .venv/installed
+	$(BIN)/python tests/architectures.py $(ARGS)
+
+accuracy: .venv/installed
+	$(BIN)/python tests/accuracy.py $(ARGS)
 
 sanitize: .venv/installed
 	for tool in memcheck racecheck; do \

@@ -61,9 +61,11 @@ def update_running_statistics(
 
 @triton.jit
 def update_buffer(running, batch, factor, mask):
-    """Move values in a buffer of any dtype towards those of the batch, in float64."""
+    """Move values in a buffer of any dtype towards those of the batch, in float64; with a factor of
+    1 they become those of the batch, to the last digit.
+    """
     old = tl.load(running, mask=mask, other=0.0).to(tl.float64)
-    new = tl.fma(batch - old, tl.zeros_like(old) + factor, old)
+    new = tl.fma(batch, tl.zeros_like(old) + factor, (1.0 - factor) * old)
     tl.store(running, cast_down(new, running.dtype.element_ty), mask=mask)
 
 

@@ -12,18 +12,22 @@ ranks whose inputs differ in layout.
 import triton
 import triton.language as tl
 
+# What rounding leaves of the variance of equal values, in units of mean**2: a few times 2**-53. A
+# computed variance below it says nothing, so it is taken as 0, which for equal values is right.
+NOISE_OF_VARIANCE = tl.constexpr(2.0**-50)
+
 
 @triton.jit
 def mean_and_variance(moments, channel, mask, channels):
     """Mean and biased variance, float64 like `channel`, and the count; an empty batch has mean and
-    variance 0.
+    variance 0. Equal values have variance 0, and a NaN stays one.
     """
     count = tl.load(moments + 2 * channels)
     share = 1.0 / tl.maximum(count, 1.0)
     mean = tl.load(moments + channel, mask=mask, other=0.0) * share
     mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) * share
     variance = tl.fma(-mean, mean, mean_of_squares)
-    return mean, tl.where(variance < 0.0, 0.0, variance), count  # a NaN stays
+    return mean, tl.where(variance < mean * mean * NOISE_OF_VARIANCE, 0.0, variance), count
 
 
 @triton.jit

@@ -84,6 +84,7 @@ def make_case(
     values = values * std if std else torch.full_like(values, 0.7)
     if outlier and values.numel():
         values.view(-1)[0] = 3e4 * max(std, 1e-6)
+    values.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
     parameters = (weight, bias) if affine else (None, None)
     return Case(values.to(dtype), (grads + grad_mean).to(dtype), *parameters, sizes, **options)
 

@@ -9,9 +9,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from tests import interpreter
-from tests.ranks import Ranks, pool
+from tests.ranks import Ranks, fill_empty_tensors, pool
 
 torch.set_num_threads(1)
+fill_empty_tensors()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     interpreter.round_to_nearest_bfloat16()

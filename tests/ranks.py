@@ -28,9 +28,16 @@ class Failure(Exception):
     """What a rank raised, with its traceback."""
 
 
+def fill_empty_tensors() -> None:
+    """Make torch fill what torch.empty and its like return: NaN, or the largest integer."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def _serve(connection: Any, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    fill_empty_tensors()
     if environment.get("TRITON_INTERPRET") == "1":
         interpreter.round_to_nearest_bfloat16()
     while (call := connection.recv()) is not None:

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests import accuracy, oracle
 from triton_syncbn import ops, reference
@@ -15,6 +15,9 @@ ALWAYS_THE_SAME = {
     "deadline": None,
     "derandomize": True,
     "database": None,
+    "phases": [
+        Phase.generate
+    ],  # a case says all there is to say; in the interpreter, shrinking it takes minutes
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 
@@ -118,27 +121,19 @@ def test_what_the_table_says_holds(name):
         )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the float64 sum of squares holds mean**2 / (var + eps) to 1e-16"
-)
-@pytest.mark.parametrize(
-    "options",
-    [{"std": 0.0, "eps": 1e-12}, {"mean": 1e6, "std": 1e-6, "eps": 1e-12}],
-    ids=["constant channels", "tiny variance"],
-)
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
-def test_mean_beyond_ten_thousand_deviations_and_eps(implementation, options):
-    """dx as good as torch's, where mean / sqrt(var + eps) is far above 1e4."""
-    case = accuracy.make_case((2, 3), **options)
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 0, 2, 3, 2)], ids=str)
+def test_equal_values_have_no_variance(sizes, implementation):
+    """However small eps is next to their mean: what rounding leaves of a variance is not one."""
+    case = accuracy.make_case(sizes, 31, std=0.0, eps=1e-12)
+    result = accuracy.train_steps(implementation, case)
+    assert torch.equal(result.running_var, torch.zeros(31))
     exact = accuracy.exact_result(case)
     scale = accuracy.scale_of(case, exact)
-    ours, theirs = accuracy.train_steps(implementation, case), accuracy.train_torch(case)
     for name in accuracy.COMPARED:
-        limit = max(accuracy.error(name, theirs, exact, scale), accuracy.NOISE)
-        assert accuracy.error(name, ours, exact, scale) <= limit, name
+        assert accuracy.error(name, result, exact, scale) <= accuracy.NOISE, name
 
 
-@pytest.mark.xfail(strict=True, reason="the step towards the batch is added to the old value")
 @pytest.mark.parametrize("step", [ops.normalize, reference.normalize], ids=["kernel", "reference"])
 def test_first_batch_of_an_average_keeps_its_digits(step):
     """With momentum 1, or None and no batch before, the buffer is that of the batch."""

@@ -128,6 +128,15 @@ def different_gradients(rank, world_size):
     return outputs[rank].sum().backward
 
 
+def debug_turned_on_later(rank, world_size):
+    """One rank has made a call before its check began, so the others are one call ahead."""
+    model = make_model(world_size)
+    model.first(torch.randn(4, CHANNELS))
+    if rank == 1:
+        triton_syncbn.debug()
+    return lambda: model.first(torch.randn(4, CHANNELS))
+
+
 def caught_desynchronized(rank, world_size, scenario):
     with triton_syncbn.debug():
         work = scenario(rank, world_size)
@@ -137,19 +146,20 @@ def caught_desynchronized(rank, world_size, scenario):
 
 
 @pytest.mark.parametrize(
-    ("scenario", "names", "call"),
+    ("scenario", "names", "calls"),
     [
-        (different_layers, ("'first': in its forward", "'second': in its forward"), 1),
-        (a_layer_in_eval, ("'first': in its forward", "'second': in its forward"), 1),
-        (two_layers_in_eval, ("'first': in its forward", "'last': in its forward"), 1),
-        (different_gradients, ("'first': in its backward", "'second': in its backward"), 3),
+        (different_layers, ("'first': in its forward", "'second': in its forward"), (1, 1)),
+        (a_layer_in_eval, ("'first': in its forward", "'second': in its forward"), (1, 1)),
+        (two_layers_in_eval, ("'first': in its forward", "'last': in its forward"), (1, 1)),
+        (different_gradients, ("'first': in its backward", "'second': in its backward"), (3, 3)),
+        (debug_turned_on_later, ("'first': in its forward", "'first': in its forward"), (2, 1)),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_debug_finds_ranks_in_different_layers(scenario, names, call, reference_ranks):
+def test_debug_finds_ranks_in_different_layers(scenario, names, calls, reference_ranks):
     """Each rank learns its own layer and call, by the one all_reduce that the pass makes anyway."""
     answers = reference_ranks.run(caught_desynchronized, 2, scenario)
-    for (message, seen), name in zip(answers, names, strict=True):
+    for (message, seen), name, call in zip(answers, names, calls, strict=True):
         assert message.startswith(f"SyncBN layer {name}, call {call} of this rank")
         assert [function for function, *_ in seen] == ["all_reduce"]
 

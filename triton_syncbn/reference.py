@@ -8,6 +8,8 @@ float64.
 import torch
 from torch import Tensor
 
+NOISE_OF_VARIANCE = 2.0**-50  # see kernels/statistics.py
+
 
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2) and the
@@ -57,8 +59,7 @@ def normalize(
         factor = torch.where(count > 0, factor, 0.0)
         unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
         for running, batch in ((running_mean, mean), (running_var, unbiased)):
-            old = running.double()
-            running.copy_(old + factor * (batch - old))
+            running.copy_((1.0 - factor) * running.double() + factor * batch)
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
@@ -119,7 +120,9 @@ def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = count.squeeze(0)
     divisor = count.clamp(min=1.0)
     mean = total / divisor
-    return mean, (squares / divisor - mean * mean).clamp_(min=0.0), count
+    square = mean * mean
+    variance = squares / divisor - square
+    return mean, torch.where(variance < NOISE_OF_VARIANCE * square, 0.0, variance), count
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
