@@ -71,7 +71,7 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
             of_warp //= 2
         return _tiles(kernel, shape, of_warp, multiprocessors)
     # Each warp computes the coefficients of its channels anew, so that it takes many elements.
-    if kernel == "grad_input" and not _apart(shape) and shape.vector >= 4:
+    if kernel == "grad_input" and shape.columns % shape.vector == 0 and shape.vector >= 4:
         of_warp *= 2
     block = of_warp * MOST_WARPS
     elements = shape.values * shape.channels
@@ -171,7 +171,7 @@ def output_grid(shape: Geometry, config: LaunchConfig) -> tuple[int, int, int, t
     """
     if shape.channels_last:
         programs = triton.cdiv(shape.channels, config.block_columns) * config.programs
-        return programs, 1, 0, index_dtype(shape)
+        return programs, 1, 0, tl.int64  # with 32 bits some variants spill two registers
     elements = shape.values * shape.channels
     columns = max(shape.columns, 2)
     span_rows = triton.next_power_of_2(triton.cdiv(config.block_columns, columns) + 1)
