@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--samples",
         type=int,
-        default=100 if gpu else 12,
+        default=100 if gpu else 20,
         help="timed runs of a layer (default: %(default)s)",
     )
     how.add_argument("--warm-cache", action="store_true", help="do not flush the GPU's L2 cache")
@@ -94,20 +94,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; 1 if any row is wrong or a regression."""
     options = parse(arguments)
-    if "WORLD_SIZE" in os.environ:  # under torchrun
-        return compare(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", options)
+    torchrun = "WORLD_SIZE" in os.environ
+    alone = 1 if torch.cuda.is_available() else CPU_RANKS
+    world_size = int(os.environ["WORLD_SIZE"]) if torchrun else alone
+    if options.baseline:
+        check_baseline(options.baseline, world_size)
+    if torchrun:
+        return compare(int(os.environ["RANK"]), world_size, "env://", options)
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         if torch.cuda.is_available():
-            return compare(0, 1, store, options)
+            return compare(0, world_size, store, options)
         context = multiprocessing.get_context("spawn")
         others = [
-            context.Process(target=compare, args=(rank, CPU_RANKS, store, options), daemon=True)
-            for rank in range(1, CPU_RANKS)
+            context.Process(target=compare, args=(rank, world_size, store, options), daemon=True)
+            for rank in range(1, world_size)
         ]
         for process in others:
             process.start()
-        status = compare(0, CPU_RANKS, store, options)
+        status = compare(0, world_size, store, options)
         for process in others:
             process.join()
         return status
@@ -115,20 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(rank: int, world_size: int, store: str, options: argparse.Namespace) -> int:
     """One rank of the comparison. Rank 0 prints and writes; every rank returns the exit status."""
-    gpu = torch.cuda.is_available()
+    device = device_of_rank()
+    gpu = device.type == "cuda"
     if gpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
-        device = torch.device("cpu")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     setting = environment(device, world_size)
-    baseline = None
-    if options.baseline:
-        baseline = read_baseline(options.baseline)
-        for warning in check_comparable(baseline, setting):
-            if rank == 0:
-                print(warning)
     dist.init_process_group(
         "nccl" if gpu else "gloo", init_method=store, rank=rank, world_size=world_size
     )
@@ -144,15 +142,34 @@ def compare(rank: int, world_size: int, store: str, options: argparse.Namespace)
         dist.destroy_process_group()
     frame = tidy(rows, setting)
     status = int((frame.error_over_tolerance > 1.0).any())
-    if baseline is not None:
-        slower = regressions(frame, baseline, options.fail_over)
-        status |= int(len(slower) > 0)
     if rank == 0:
         print_report(frame, roof, measurement.failures)
         write_files(frame, roof, options)
-        if baseline is not None:
+    if options.baseline:
+        slower = regressions(frame, read_baseline(options.baseline), options.fail_over)
+        status |= int(not slower.empty)
+        if rank == 0:
             print(describe(slower, options.fail_over))
     return status
+
+
+def device_of_rank() -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def check_baseline(file: pathlib.Path, world_size: int) -> None:
+    """Before anything is measured: end where the baseline cannot be compared with, warn where it
+    differs.
+    """
+    try:
+        warnings = check_comparable(read_baseline(file), environment(device_of_rank(), world_size))
+    except (OSError, ValueError) as error:
+        sys.exit(f"--baseline: {error}")
+    for warning in warnings:
+        print(f"--baseline: {warning}", file=sys.stderr)
 
 
 def write_files(frame: pd.DataFrame, roof: float, options: argparse.Namespace) -> None:
@@ -165,8 +182,11 @@ def write_files(frame: pd.DataFrame, roof: float, options: argparse.Namespace) -
     if options.plots:
         print(write_plots(frame, options.plots))
     if options.readme:
-        write_block(frame, README)
-        print(f"{README.name} has the summary of this run.")
+        try:
+            write_block(frame, README)
+            print(f"{README.name} has the summary of this run.")
+        except ValueError as error:
+            print(f"--readme: {error}")
 
 
 if __name__ == "__main__":

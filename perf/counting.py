@@ -6,6 +6,7 @@ operator of triton_syncbn is one, whatever it does inside, as its kernel is one 
 is every operator of torch that computes by itself. Views and allocations are none.
 """
 
+import os
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,8 @@ from timing import Call
 from torch.profiler import ProfilerActivity, profile, record_function
 
 Name = TypeVar("Name", bound=Hashable)
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes into the progress bar
 
 LAUNCHES = (
     *("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel", "cuLaunchCooperative"),

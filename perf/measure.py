@@ -96,6 +96,7 @@ class Measurement:
             self._as_timed(calls),
             self.device,
             self.options.samples,
+            warmup=1,  # of a graph; the calls themselves are warm
             warm_cache=self.options.warm_cache,
         )
         figures = {}

@@ -1,6 +1,7 @@
 """The report as pictures. matplotlib is imported when the first is drawn, and may be missing."""
 
 import pathlib
+import textwrap
 from typing import Any
 
 import pandas as pd
@@ -8,6 +9,7 @@ from cases import Case
 from report import baseline_of, geometric_means, ours_of, where
 
 RESOLUTION = 150  # dots per inch
+CHARACTERS_AN_INCH = 13  # of the title
 COLORS = {
     "torch_syncbn": "#d95f02",
     "gather_syncbn": "#d95f02",
@@ -38,7 +40,7 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows + 1.0), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
 
 
 def kinds(frame: pd.DataFrame) -> list[tuple[str, str]]:
@@ -76,6 +78,8 @@ def draw_bandwidth(frame: pd.DataFrame) -> Any:
                 )
             axes.axhline(roof, color="black", linestyle="--", label=f"copy, {roof:.3g} GB/s")
             axes.set(xscale="log", yscale="log", title=f"{pass_name}, {dtype}, {layout}")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")  # 0.1, not a power of ten
             axes.grid(alpha=0.3)
             if line == len(kinds(frame)) - 1:
                 axes.set_xlabel("tensor, MB")
@@ -88,12 +92,13 @@ def draw_bandwidth(frame: pd.DataFrame) -> Any:
 def draw_speedups(frame: pd.DataFrame) -> Any:
     """Geometric means by suite: a panel for each of ours and kind, a bar for each pass."""
     impls = ours_of(frame)
-    figure, grid = panels(len(kinds(frame)), len(impls), 7.0, 3.2)
-    means = geometric_means(frame, ["dtype", "layout", "suite", "pass"])
+    figure, grid = panels(len(kinds(frame)), len(impls), 9.0, 3.2)
+    means = geometric_means(frame, ["dtype", "layout", "suite", "pass"]).reset_index()
     for line, (dtype, layout) in enumerate(kinds(frame)):
         for column, impl in enumerate(impls):
             axes = grid[line][column]
-            bars = means[impl].xs((dtype, layout)).unstack("pass")
+            of_panel = (means.dtype == dtype) & (means.layout == layout)
+            bars = means[of_panel].pivot(index="suite", columns="pass", values=impl)
             bars = bars.reindex(
                 index=[s for s in frame.suite.unique() if s in bars.index],
                 columns=list(frame["pass"].unique()),
@@ -103,7 +108,7 @@ def draw_speedups(frame: pd.DataFrame) -> Any:
             )
             for container in axes.containers:
                 axes.bar_label(container, fmt="%.2f", fontsize=7, padding=1)
-            axes.axhline(1.0, color="black", linewidth=0.8)
+            axes.axhline(1.0, color="black", linewidth=0.8, zorder=0)
             axes.set(title=f"{impl}, {dtype}, {layout}", xlabel="")
             axes.margins(y=0.12)
             if column == 0:
@@ -116,4 +121,6 @@ def _finish(figure: Any, axes: Any, frame: pd.DataFrame, title: str) -> None:
     """One legend below, the title and where it was measured above."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
-    figure.suptitle(f"{title}\n{where(frame)}", fontsize=9)
+    characters = int(figure.get_figwidth() * CHARACTERS_AN_INCH)
+    lines = textwrap.fill(where(frame), characters)
+    figure.suptitle(f"{title}\n{lines}", fontsize=9)

@@ -27,11 +27,10 @@ def check_comparable(baseline: pd.DataFrame, setting: dict[str, Any]) -> list[st
         found = _values(baseline[column])
         if found != [_text(setting[column])]:
             raise ValueError(
-                f"--baseline: another {what}: expected {_text(setting[column])}, "
-                f"got {', '.join(found)}"
+                f"another {what}: expected {_text(setting[column])}, got {', '.join(found)}"
             )
     return [
-        f"--baseline was measured with another {name}: {', '.join(found)}, not {here}"
+        f"measured with another {name}: {', '.join(found)}; here it is {here}"
         for name in VERSIONS
         if (found := _values(baseline[name])) != [here := _text(setting[name])]
     ]
@@ -45,7 +44,7 @@ def regressions(frame: pd.DataFrame, baseline: pd.DataFrame, percent: float) -> 
     """
     both = frame.merge(baseline, on=KEYS, suffixes=("", "_before"))
     if both.empty:
-        raise ValueError("--baseline: expected rows of the same layers and timer, got none")
+        raise ValueError("baseline: expected rows of the same layers and timer, got none")
     slower = both.us_p50 > both.us_p50_before * (1 + percent / 100)
     return both[slower & (both.us_p20 > both.us_p80_before)]
 

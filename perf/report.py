@@ -133,10 +133,10 @@ def footnotes(frame: pd.DataFrame, roof: float) -> list[str]:
         f"Timer: {setting.timer}; {frame.samples.max()} samples, in turns; the slowest rank.",
         f"Bytes by formula, T the bytes of x: {formula}. Copy roof: {roof * 1e-9:.1f} GB/s, read "
         "and written by a copy on this machine in this run; copy % above 100 is the cache's.",
-        "host us: until a call returns to the host, the device idle before.",
+        "torch_batchnorm does not synchronize: it is the bound.",
     ]
     if pd.notna(setting.gpu):
-        lines.append("torch_batchnorm does not synchronize: it is the bound.")
+        lines.append("host us: until a call returns to the host, the device idle before.")
         if setting.world_size == 1:
             lines.append(
                 "torch_syncbn's synchronized path is called directly: torch leaves it out at one "
@@ -149,7 +149,6 @@ def footnotes(frame: pd.DataFrame, roof: float) -> list[str]:
         "torch.nn.SyncBatchNorm refuses CPU tensors: gather_syncbn sends what it would send. On a "
         "CPU it and triton_syncbn compute in plain torch and differ in communication alone; on a "
         "GPU triton_syncbn runs its kernels.",
-        "torch_batchnorm does not synchronize: it is the bound.",
         "On a CPU nothing is launched: launches counts operators that compute, one for each step "
         "of triton_syncbn, as on a GPU, where it is one kernel.",
     ]
