@@ -64,28 +64,22 @@ def count_calls(calls: Mapping[Name, Call], device: torch.device) -> dict[Name, 
 def counts_within(events: Iterable[Any], label: str, *, operators: bool) -> Counts:
     """Counts of what the host did while the event of that label lasted, on any of its threads."""
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    (span,) = (event.time_range for event in events if event.name == label)
-    within = [
-        event
-        for event in events
-        if span.start <= event.time_range.start and event.time_range.end <= span.end
-    ]
-    outside = [event for event in within if not _in_collective(event)]
-    collectives = sum(event.name.startswith(COLLECTIVE) for event in outside)
+    (top,) = (event for event in events if event.name == label)
+    within = [event for event in events if _inside(event, top)]
+    collectives = [event for event in within if event.name.startswith(COLLECTIVE)]
+    # What a collective calls and what NCCL launches is its own.
+    outside = [event for event in within if not any(_inside(event, other) for other in collectives)]
+    counted = sum(event.name.startswith(COLLECTIVE) for event in outside)
     if operators:
-        (top,) = (event for event in within if event.name == label)
-        return Counts(_operators(top), None, collectives)
+        return Counts(_operators(top), None, counted)
     launches = sum(event.name.startswith(LAUNCHES) for event in outside)
-    return Counts(launches, sum(event.name in HOST_SYNCS for event in within), collectives)
+    return Counts(launches, sum(event.name in HOST_SYNCS for event in within), counted)
 
 
-def _in_collective(event: Any) -> bool:
-    parent = event.cpu_parent
-    while parent is not None:
-        if parent.name.startswith(COLLECTIVE):
-            return True
-        parent = parent.cpu_parent
-    return False
+def _inside(event: Any, other: Any) -> bool:
+    """Whether an event lasted while another one did."""
+    span, whole = event.time_range, other.time_range
+    return event is not other and whole.start <= span.start and span.end <= whole.end
 
 
 def _operators(event: Any) -> int:
