@@ -62,7 +62,7 @@ architectures: $(ENVIRONMENT)
 accuracy: $(ENVIRONMENT)
 	$(RUN) tests/accuracy.py $(ARGS)
 
-sanitize: .venv/installed
+sanitize: $(ENVIRONMENT)
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 \
 			$(RUN) -m pytest -m gpu tests/test_kernels.py $(ARGS) || exit 1; \

@@ -37,8 +37,8 @@ READS = ("aten::item", "aten::_local_scalar_dense")  # a number for the host
 class Counts(NamedTuple):
     """Of one pass."""
 
-    launches: int
-    host_syncs: int | None  # None on a CPU
+    launches: int | None  # None where the profiler does not see the driver
+    host_syncs: int | None  # None there, and on a CPU
     collectives: int
 
 
@@ -72,6 +72,8 @@ def counts_within(events: Iterable[Any], label: str, *, operators: bool) -> Coun
     counted = sum(event.name.startswith(COLLECTIVE) for event in outside)
     if operators:
         return Counts(_operators(top), None, counted)
+    if not any(event.name in HOST_SYNCS for event in events):  # not even those of count_calls
+        return Counts(None, None, counted)
     launches = sum(event.name.startswith(LAUNCHES) for event in outside)
     return Counts(launches, sum(event.name in HOST_SYNCS for event in within), counted)
 

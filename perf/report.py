@@ -1,6 +1,7 @@
 """The tables: all rows with their environment, a line a layer, means, and what they mean."""
 
 import math
+import textwrap
 from typing import Any
 
 import pandas as pd
@@ -80,10 +81,9 @@ def line_per_layer(frame: pd.DataFrame) -> pd.DataFrame:
     for impl in ours_of(frame):
         ratios = speedups(frame)[impl].unstack("pass").reindex(layers)
         label = impl.removeprefix(OURS).strip("_")
-        for pass_name in frame["pass"].unique():
-            columns[f"x {pass_name} {label}".rstrip()] = [
-                number(x, ".2f") for x in ratios[pass_name]
-            ]
+        for pass_name in frame["pass"].unique() if impl == OURS else [shown]:
+            title = f"x {pass_name} {label}".rstrip()
+            columns[title] = [number(ratio, ".2f") for ratio in ratios[pass_name]]
     if OURS in set(frame.impl):
         columns["copy %"] = [number(100 * f, ".0f") for f in of_impl("copy_fraction", OURS)]
         if frame.gpu.notna().any():  # else it is the time itself
@@ -133,7 +133,7 @@ def footnotes(frame: pd.DataFrame, roof: float) -> list[str]:
         f"Timer: {setting.timer}; {frame.samples.max()} samples, in turns; the slowest rank.",
         f"Bytes by formula, T the bytes of x: {formula}. Copy roof: {roof * 1e-9:.1f} GB/s, read "
         "and written by a copy on this machine in this run; copy % above 100 is the cache's.",
-        "torch_batchnorm does not synchronize: it is the bound.",
+        "torch_batchnorm, which does not synchronize, is the bound.",
     ]
     if pd.notna(setting.gpu):
         lines.append("host us: until a call returns to the host, the device idle before.")
@@ -177,7 +177,9 @@ def print_report(frame: pd.DataFrame, roof: float, failures: dict[str, str]) -> 
         listed = ", ".join(f"{number(mean, '.2f')} {name}" for name, mean in means.items())
         print(f"Geometric mean of {baseline} / {impl}: {listed}.")
     print(f"\nCounted in one run of a pass:\n\n{counts(frame).to_string(index=False)}\n")
-    print(where(frame))
-    print("\n".join([*footnotes(frame, roof), *wrong_lines(frame)]))
+    print(textwrap.fill(where(frame), 100))
+    for note in footnotes(frame, roof):
+        print(textwrap.fill(note, 100))
+    print("\n".join(wrong_lines(frame)))
     for impl, reason in failures.items():
         print(f"Left out: {impl}: {reason}")

@@ -104,6 +104,11 @@ def test_on_a_gpu_runtime_calls_within_the_pass_are_counted():
     assert counts_within(events, "pass", operators=False) == Counts(2, 1, 1)
 
 
+def test_what_the_profiler_does_not_see_is_no_zero():
+    events = [event("pass", 10, 90), event("c10d::allreduce_", 30, 40)]
+    assert counts_within(events, "pass", operators=False) == Counts(None, None, 1)
+
+
 @pytest.mark.gpu
 def test_a_gpu_counts_launches_and_waits():
     device = torch.device("cuda")
