@@ -76,7 +76,7 @@ def draw_bandwidth(frame: pd.DataFrame) -> Any:
                     alpha=0.8,
                     color=COLORS.get(impl),
                 )
-            axes.axhline(roof, color="black", linestyle="--", label=f"copy, {roof:.3g} GB/s")
+            axes.axhline(roof, color="black", linestyle="--", label=f"copy, {roof:,.4g} GB/s")
             axes.set(xscale="log", yscale="log", title=f"{pass_name}, {dtype}, {layout}")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:g}")  # 0.1, not a power of ten
@@ -100,14 +100,15 @@ def draw_speedups(frame: pd.DataFrame) -> Any:
             of_panel = (means.dtype == dtype) & (means.layout == layout)
             bars = means[of_panel].pivot(index="suite", columns="pass", values=impl)
             bars = bars.reindex(
-                index=[s for s in frame.suite.unique() if s in bars.index],
+                index=list(frame.suite.unique()),  # also one that is not in this layout
                 columns=list(frame["pass"].unique()),
             )
             bars.plot.bar(
                 ax=axes, rot=20, legend=False, width=0.75, color=["#a6cee3", "#1f78b4", "#08306b"]
             )
-            for container in axes.containers:
-                axes.bar_label(container, fmt="%.2f", fontsize=7, padding=1)
+            for container, pass_name in zip(axes.containers, bars.columns, strict=True):
+                labels = ["" if pd.isna(mean) else f"{mean:.2f}" for mean in bars[pass_name]]
+                axes.bar_label(container, labels, fontsize=8, padding=1)
             axes.axhline(1.0, color="black", linewidth=0.8, zorder=0)
             axes.set(title=f"{impl}, {dtype}, {layout}", xlabel="")
             axes.margins(y=0.12)

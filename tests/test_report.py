@@ -5,7 +5,7 @@ import sys
 import pandas as pd
 import pytest
 from markdown import means_by_suite, summary
-from plots import write_plots
+from plots import draw_speedups, write_plots
 from readme import write_block
 from report import COLUMNS, counts, footnotes, geometric_means, line_per_layer, tidy
 
@@ -136,6 +136,18 @@ def test_plots_are_drawn(tmp_path, dtypes):
     for name in ("bandwidth.png", "speedup.png"):
         assert name in said
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_stand_at_their_suite_in_every_panel():
+    """A suite of layers without spatial dimensions has one layout only."""
+    both = rows(dtypes=("fp32",))
+    edge = both[both.suite == "edge"].assign(layout="channels_last")
+    figure = draw_speedups(pd.concat([both, edge], ignore_index=True))
+    first, last = figure.axes[0], figure.axes[2]
+    assert [label.get_text() for label in last.get_xticklabels()] == ["heads", "edge"]
+    assert [text.get_text() for text in first.texts] == ["3.00", "4.00"]
+    assert [text.get_text() for text in last.texts] == ["", "4.00"]
+    assert [round(bar.get_x() + bar.get_width() / 2) for bar in last.patches] == [0, 1]
 
 
 def test_without_matplotlib_there_is_a_word_and_no_plot(tmp_path, monkeypatch):
