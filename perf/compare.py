@@ -140,6 +140,8 @@ def compare(rank: int, world_size: int, store: str, options: argparse.Namespace)
                 rows += measurement.rows_of(case)
     finally:
         dist.destroy_process_group()
+    if not rows:
+        sys.exit(f"nothing could be run: {measurement.failures}")
     frame = tidy(rows, setting)
     status = int((frame.error_over_tolerance > 1.0).any())
     if rank == 0:

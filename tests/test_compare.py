@@ -1,6 +1,5 @@
 """The comparison: what is wrong gets no time, and every number is in the file."""
 
-import math
 import os
 import re
 import subprocess
@@ -15,11 +14,8 @@ import passes
 import pytest
 import report
 import torch
-import torch.distributed as dist
-from correctness import error_over_tolerance
 
 import triton_syncbn
-from triton_syncbn import ops
 
 COLUMNS = [
     *("schema", "timestamp_utc", "commit", "dirty", "gpu", "gpu_count", "driver", "torch"),
@@ -28,27 +24,6 @@ COLUMNS = [
     *("copy_fraction", "peak_mb", "launches", "host_syncs", "collectives"),
     *("error_over_tolerance", "config"),
 ]
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def plain_torch(monkeypatch):
-    """This process computes as users' do: without the interpreter, which is a thousand times
-    slower, and without a GPU.
-    """
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    ops._step.cache_clear()
-    yield
-    ops._step.cache_clear()
-
-
-@pytest.fixture
-def one_rank(tmp_path, plain_torch):
-    """A group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def run_alone(tmp_path, *arguments):
@@ -171,37 +146,6 @@ def test_what_needs_a_gpu_is_refused_without_one(option, capsys, plain_torch):
     assert f"{option}: expected a GPU, found none" in capsys.readouterr().err
 
 
-def test_a_new_variant_is_one_function(monkeypatch):
-    registered(monkeypatch, gather_syncbn=triton_syncbn.SyncBN)
-
-    @implementations.implementation("mine", devices=("cpu",))
-    def mine(channels):
-        return triton_syncbn.SyncBN(channels)
-
-    @implementations.implementation("absent", needs="no_such_package")
-    def absent(channels):
-        raise AssertionError
-
-    assert list(implementations.implementations(CPU)) == ["gather_syncbn", "mine"]
-    assert list(implementations.implementations(CPU, ["mine"])) == ["mine"]
-    assert list(implementations.implementations(torch.device("cuda"))) == ["gather_syncbn"]
-    with pytest.raises(ValueError, match="on this device, got absent"):
-        implementations.implementations(CPU, ["mine", "absent"])
-
-
-def test_ours_compiled_is_right_and_can_be_run_backwards_twice(one_rank):
-    found = implementations.REGISTERED["triton_syncbn_compiled"]
-    case = cases.Case("edge", "small", (2, 3, 4), "fp32", "channels_first")
-    with implementations.synchronized_even_alone():
-        layer = found.make(3)
-        assert error_over_tolerance(layer, case, 0, 1, CPU) <= 1.0
-        calls = passes.calls_of_passes(layer, torch.randn(2, 3, 4), torch.randn(2, 3, 4))
-        output = calls["backward"].prepare()
-        first, second = (calls["backward"].work(output) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one, other)
-
-
 def test_every_layer_of_the_list_is_a_case():
     every = cases.read_cases(cases.suites(), ["fp32", "bf16"], list(cases.LAYOUTS))
     assert len({case.layer for case in every}) == 32
@@ -228,33 +172,3 @@ def test_bytes_are_counted_by_the_formula():
     case = cases.Case("suite", "layer", (2, 3, 5, 7), "bf16", "channels_last")
     assert case.bytes == 2 * 3 * 5 * 7 * 2
     assert passes.TRANSFERS == {"forward": 3, "backward": 5, "both": 8}
-
-
-def gathered_step(rank, world_size):
-    """Communication of the layer that stands for torch.nn.SyncBatchNorm."""
-    from gather_syncbn import GatherSyncBN
-
-    from tests.ranks import counted_communication
-
-    input = torch.randn(3, 5, 4, requires_grad=True)
-    with counted_communication() as seen:
-        GatherSyncBN(5)(input).sum().backward()
-    return [name for name, *_ in seen], [math.prod(shape) for _, shape, _ in seen]
-
-
-def test_the_stand_in_sends_what_torch_sends(reference_ranks):
-    """A gather of 2C + 1 numbers in forward, an all_reduce of 2C in backward."""
-    for names, sizes in reference_ranks.run(gathered_step, 2):
-        assert names == ["all_gather", "all_reduce"]
-        assert sizes == [11, 10]
-
-
-def test_one_rank_communicates_only_while_compared(one_rank):
-    from tests.ranks import counted_communication
-
-    layer, input = triton_syncbn.SyncBN(3), torch.randn(4, 3)
-    with counted_communication() as seen:
-        with implementations.synchronized_even_alone():
-            layer(input)
-        layer(input)
-    assert [name for name, *_ in seen] == ["all_reduce"]
