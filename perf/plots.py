@@ -76,7 +76,7 @@ def draw_bandwidth(frame: pd.DataFrame) -> Any:
                     alpha=0.8,
                     color=COLORS.get(impl),
                 )
-            axes.axhline(roof, color="black", linestyle="--", label=f"copy, {roof:,.4g} GB/s")
+            axes.axhline(roof, color="black", linestyle="--", label=f"copy, {roof:,.1f} GB/s")
             axes.set(xscale="log", yscale="log", title=f"{pass_name}, {dtype}, {layout}")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:g}")  # 0.1, not a power of ten

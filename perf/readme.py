@@ -11,7 +11,7 @@ import sys
 import pandas as pd
 from environment import ROOT
 from markdown import short_summary
-from report import ours_of
+from report import ours_of, read_rows
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- compare -->\n).*?(\n<!-- /compare -->)", re.DOTALL)
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("csv", type=pathlib.Path)
     options = parser.parse_args(arguments)
     try:
-        write_block(pd.read_csv(options.csv), README)
+        write_block(read_rows(options.csv), README)
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 from environment import VERSIONS
+from report import read_rows
 
 KEYS = ["impl", "pass", "suite", "layer", "shape", "dtype", "layout", "timer"]
 NEEDED = {*KEYS, *VERSIONS, "gpu", "world_size", "us_p50", "us_p80"}
@@ -12,7 +13,7 @@ NEEDED = {*KEYS, *VERSIONS, "gpu", "world_size", "us_p50", "us_p80"}
 
 def read_baseline(file: pathlib.Path) -> pd.DataFrame:
     """The rows of an earlier run. Raises ValueError if columns are missing."""
-    frame = pd.read_csv(file)
+    frame = read_rows(file)
     if missing := sorted(NEEDED - set(frame.columns)):
         raise ValueError(f"{file}: expected the columns {', '.join(missing)}, got none of them")
     return frame

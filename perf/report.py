@@ -1,6 +1,7 @@
 """The tables: all rows with their environment, a line a layer, means, and what they mean."""
 
 import math
+import pathlib
 import textwrap
 from typing import Any
 
@@ -26,6 +27,11 @@ def tidy(rows: list[dict[str, Any]], setting: dict[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).assign(schema=SCHEMA, **setting).reindex(columns=list(COLUMNS))
     counted = ["samples", "launches", "host_syncs", "collectives"]
     return frame.astype(dict.fromkeys(counted, "Int64"))
+
+
+def read_rows(file: pathlib.Path) -> pd.DataFrame:
+    """The rows of a file; versions stay text, as 13.10 is not 13.1."""
+    return pd.read_csv(file, dtype=dict.fromkeys([*VERSIONS, "commit"], str))
 
 
 def baseline_of(frame: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ import pytest
 from markdown import means_by_suite, summary
 from plots import draw_speedups, write_plots
 from readme import write_block
-from report import COLUMNS, counts, footnotes, geometric_means, line_per_layer, tidy
+from report import COLUMNS, counts, footnotes, geometric_means, line_per_layer, read_rows, tidy
 
 LAYERS = [("heads", "small head", "64x128"), ("edge", "odd channels", "8x37x61x43")]
 MICROSECONDS = {
@@ -23,7 +23,7 @@ def rows(gpu="Some GPU", wrong=(), impls=tuple(MICROSECONDS), dtypes=("fp32", "b
     """A run of two layers, as compare.py has it: times in microseconds are those above."""
     setting = {
         **{"timestamp_utc": "2030-01-01T00:00:00+00:00", "commit": "0123456789ab"},
-        **{"dirty": False, "gpu": gpu, "gpu_count": 1, "driver": "1", "torch": "2.13"},
+        **{"dirty": False, "gpu": gpu, "gpu_count": 1, "driver": "550.10", "torch": "2.13"},
         **{"triton": "3.7", "cuda": "13", "nccl": "2.29", "world_size": 1, "config": "default"},
     }
     found = []
@@ -159,7 +159,7 @@ def test_without_matplotlib_there_is_a_word_and_no_plot(tmp_path, monkeypatch):
 def test_rows_read_from_a_file_fill_the_readme_as_well(tmp_path):
     rows().to_csv(tmp_path / "rows.csv", index=False, float_format="%.6g")
     texts = []
-    for frame in (rows(), pd.read_csv(tmp_path / "rows.csv")):
+    for frame in (rows(), read_rows(tmp_path / "rows.csv")):
         file = tmp_path / "README.md"
         file.write_text(README)
         write_block(frame, file)
