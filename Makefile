@@ -3,10 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help compare tune test test-gpu soak architectures accuracy sanitize lint format clean
+# An interpreter that is there already serves as well: make gpu OUT=folder BIN=/usr/bin
+ENVIRONMENT := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
+RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python3
+
+.PHONY: help compare gpu tune test test-gpu soak architectures accuracy sanitize lint format clean
 
 help:
-	@echo "make compare   time SyncBN against what there is (on a GPU if there is one); ARGS='--help' for options"
+	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
+	@echo "make gpu OUT=folder   on a machine with a GPU: its tests, the whole comparison and plots, into a folder"
 	@echo "make tune      find configs for the GPU of this machine; ARGS='--resume --budget 30' goes on for half an hour"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
@@ -26,31 +31,45 @@ help:
 	$(INSTALL) mypy pandas-stubs ruff types-tqdm
 	@touch $@
 
-compare: .venv/installed
-	$(BIN)/python perf/compare.py $(ARGS)
+compare: $(ENVIRONMENT)
+	$(RUN) perf/compare.py --csv build/compare/rows.csv --plots build/compare $(ARGS)
 
-tune: .venv/installed
-	$(BIN)/python perf/tune.py --write $(ARGS)
+# Both run, whatever the first says; the exit status is that of what failed.
+gpu: $(ENVIRONMENT)
+	@test -n "$(OUT)" || { echo "make gpu: say where to write: make gpu OUT=folder"; exit 2; }
+	@$(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
+		{ echo "make gpu: expected a GPU, found none"; exit 2; }
+	@mkdir -p "$(OUT)"
+	@status=0; \
+	$(RUN) -m pytest -m gpu > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
+	tail -n 20 "$(OUT)/tests.txt"; \
+	$(RUN) perf/compare.py --dtype bf16 fp32 --layout channels_first channels_last \
+		--csv "$(OUT)/rows.csv" --plots "$(OUT)" $(ARGS) > "$(OUT)/compare.txt" || status=$$?; \
+	cat "$(OUT)/compare.txt"; \
+	exit $$status
 
-test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+tune: $(ENVIRONMENT)
+	$(RUN) perf/tune.py --write $(ARGS)
 
-test-gpu: .venv/installed
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test: $(ENVIRONMENT)
+	$(RUN) -m pytest $(ARGS)
 
-soak: .venv/installed
-	$(BIN)/python -m pytest tests/test_soak.py --soak-steps 300 $(ARGS)
+test-gpu: $(ENVIRONMENT)
+	$(RUN) -m pytest -m gpu $(ARGS)
 
-architectures: .venv/installed
-	$(BIN)/python tests/architectures.py $(ARGS)
+soak: $(ENVIRONMENT)
+	$(RUN) -m pytest tests/test_soak.py --soak-steps 300 $(ARGS)
 
-accuracy: .venv/installed
-	$(BIN)/python tests/accuracy.py $(ARGS)
+architectures: $(ENVIRONMENT)
+	$(RUN) tests/architectures.py $(ARGS)
 
-sanitize: .venv/installed
+accuracy: $(ENVIRONMENT)
+	$(RUN) tests/accuracy.py $(ARGS)
+
+sanitize: $(ENVIRONMENT)
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(BIN)/python -m pytest -m gpu tests/test_kernels.py $(ARGS) || exit 1; \
+			$(RUN) -m pytest -m gpu tests/test_kernels.py $(ARGS) || exit 1; \
 	done
 
 lint: .venv/linters

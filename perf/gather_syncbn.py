@@ -2,8 +2,8 @@
 one does not run.
 
 Forward gathers mean, 1/std and count of every rank, 2C + 1 float32 numbers each; backward
-all-reduces 2C. What a rank computes by itself is the plain-torch reference of triton_syncbn, so the
-two differ in communication, in what follows from it, and in nothing else.
+all-reduces 2C. What a rank computes by itself are the operators of triton_syncbn, so the two differ
+in communication, in what follows from it, and in nothing else.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_syncbn import reference
+from triton_syncbn import ops
 
 
 class _GatherFunction(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _GatherFunction(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        total, squares, count = reference.moments(input).split((input.shape[1], input.shape[1], 1))
+        total, squares, count = ops.moments(input).split((input.shape[1], input.shape[1], 1))
         mean = total / count
         rstd = (squares / count - mean * mean + eps).rsqrt()
         mine = torch.cat([mean, rstd, count]).float()
@@ -42,7 +42,7 @@ class _GatherFunction(torch.autograd.Function):
         moments = torch.cat([(means * counts).sum(0), (squares * counts).sum(0), counts.sum(0)])
         ctx.save_for_backward(input, weight, moments)
         ctx.eps = eps
-        return reference.normalize(
+        return ops.normalize(
             input,
             moments,
             weight,
@@ -57,14 +57,12 @@ class _GatherFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, moments = ctx.saved_tensors
-        sums, grad_weight, grad_bias = reference.grad_moments(
+        sums, grad_weight, grad_bias = ops.grad_moments(
             grad_output, input, moments, weight.dtype, weight.dtype, ctx.eps
         )
         sent = sums.float()
         dist.all_reduce(sent)
-        grad_input = reference.grad_input(
-            grad_output, input, moments, sent.double(), weight, ctx.eps
-        )
+        grad_input = ops.grad_input(grad_output, input, moments, sent.double(), weight, ctx.eps)
         return grad_input, grad_weight, grad_bias, *[None] * 5
 
 

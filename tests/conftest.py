@@ -1,9 +1,12 @@
 """Set-up of all tests. With no GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
 import os
+import pathlib
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -66,3 +69,25 @@ def ranks(request: pytest.FixtureRequest) -> Ranks:
     return request.getfixturevalue(
         "reference_ranks" if request.param == "reference" else "kernel_ranks"
     )
+
+
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process computes as users' do: without the interpreter, which is a thousand times
+    slower, and without a GPU.
+    """
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    from triton_syncbn import ops
+
+    ops._step.cache_clear()
+    yield
+    ops._step.cache_clear()
+
+
+@pytest.fixture
+def one_rank(tmp_path: pathlib.Path, plain_torch: None) -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,48 +1,45 @@
-"""The report: what is wrong gets no time, and every number is in the file."""
+"""The comparison: what is wrong gets no time, and every number is in the file."""
 
-import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import cases
 import compare
 import implementations
-import measure
 import pandas as pd
+import passes
 import pytest
+import report
 import torch
-import torch.distributed as dist
 
 import triton_syncbn
-from triton_syncbn import ops
 
-COLUMNS = {
-    *("schema", "timestamp_utc", "commit", "dirty", "gpu", "world_size", "torch", "triton", "cuda"),
-    *("impl", "pass", "dtype", "layout", "suite", "layer", "shape", "timer", "samples"),
-    *("us_p20", "us_p50", "us_p80", "gbytes_per_s", "error_over_tolerance"),
-}
-
-
-@pytest.fixture
-def plain_torch(monkeypatch):
-    """This process computes as users' do: without the interpreter, which is a thousand times
-    slower.
-    """
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    ops._step.cache_clear()
-    yield
-    ops._step.cache_clear()
+COLUMNS = [
+    *("schema", "timestamp_utc", "commit", "dirty", "gpu", "gpu_count", "driver", "torch"),
+    *("triton", "cuda", "nccl", "impl", "pass", "dtype", "layout", "suite", "layer", "shape"),
+    *("world_size", "timer", "samples", "us_p20", "us_p50", "us_p80", "host_us", "gbytes_per_s"),
+    *("copy_fraction", "peak_mb", "launches", "host_syncs", "collectives"),
+    *("error_over_tolerance", "config"),
+]
 
 
-def test_the_command_ends_with_a_table_and_a_file(tmp_path):
+def run_alone(tmp_path, *arguments):
+    """The exit status of the comparison in this process, of three small layers."""
+    options = compare.parse(["--suite", "edge", "--samples", "2", *map(str, arguments)])
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        return compare.compare(0, 1, f"file://{folder}/store", options)
+
+
+def test_the_command_ends_with_tables_and_files(tmp_path):
     """On this machine: two processes on a CPU, or its GPU."""
     file = tmp_path / "results" / "rows.csv"
     done = subprocess.run(
         [
             *(sys.executable, compare.__file__, "--suite", "edge", "--dtype", "fp32", "bf16"),
-            *("--samples", "3", "--csv", str(file)),
+            *("--samples", "3", "--csv", str(file), "--plots", str(tmp_path / "plots")),
         ],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -52,16 +49,26 @@ def test_the_command_ends_with_a_table_and_a_file(tmp_path):
     assert "100%" in done.stderr  # the progress bar
     seen = done.stdout
     rows = pd.read_csv(file)
-    assert set(rows.columns) == COLUMNS
-    names = implementations.implementations(torch.device("cpu"))
-    assert len(rows) == 3 * 2 * len(measure.PASSES) * len(names)
+    assert list(rows.columns) == COLUMNS
+    gpu = torch.cuda.is_available()
+    names = implementations.implementations(torch.device("cuda" if gpu else "cpu"))
+    layers = 3 * 2 * (1 + gpu)  # both layouts on a GPU
+    assert len(rows) == layers * len(passes.PASSES) * len(names)
     assert (rows.error_over_tolerance <= 1).all()
     assert (rows.us_p50 > 0).all()
     assert ((rows.us_p20 <= rows.us_p50) & (rows.us_p50 <= rows.us_p80)).all()
-    assert re.search(r"odd channels +1x37x16x11 +bf16( +\d+){3}( +\d+\.\d\d){3}", seen)
+    assert (rows.host_us > 0).all()
+    assert (rows.copy_fraction > 0).all()
+    assert rows.peak_mb.notna().all() == gpu
+    ours = rows[(rows.impl == "triton_syncbn") & (rows["pass"] != "both")]
+    assert (ours.launches == 2).all()
+    assert (ours.collectives == 1).all()
     assert "Geometric mean" in seen
     assert "FAIL" not in seen
-    if not torch.cuda.is_available():
+    assert file.with_suffix(".md").read_text().startswith("# SyncBN compared")
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 2
+    if not gpu:
+        assert re.search(r"odd channels +1x37x16x11 +bf16( +\d+){3}( +\d+\.\d\d){3}", seen)
         assert "torch.nn.SyncBatchNorm refuses CPU tensors" in seen
 
 
@@ -72,13 +79,22 @@ class Biased(triton_syncbn.SyncBN):
         return super().forward(input) * 1.01
 
 
+def registered(monkeypatch, **table):
+    """Compare these, and nothing else."""
+    monkeypatch.setattr(implementations, "REGISTERED", {})
+    for name, make in table.items():
+        traits = {"may_fail": make is broken}
+        implementations.implementation(name, **traits)(make)
+
+
+def broken(channels):
+    raise RuntimeError("the compiler says no\nand more")
+
+
 def test_a_wrong_implementation_has_no_time(tmp_path, capsys, monkeypatch, plain_torch):
-    table = {"gather_syncbn": triton_syncbn.SyncBN, "triton_syncbn": Biased}
-    monkeypatch.setattr(compare, "implementations", lambda device: table)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    registered(monkeypatch, gather_syncbn=triton_syncbn.SyncBN, triton_syncbn=Biased)
     file = tmp_path / "rows.csv"
-    options = compare.parse(["--suite", "edge", "--samples", "2", "--csv", str(file)])
-    assert compare.compare(0, 1, f"file://{tmp_path}/store", options) == 1
+    assert run_alone(tmp_path, "--csv", file) == 1
     rows = pd.read_csv(file)
     wrong = rows[rows.impl == "triton_syncbn"]
     assert (wrong.error_over_tolerance > 100).all()
@@ -87,6 +103,47 @@ def test_a_wrong_implementation_has_no_time(tmp_path, capsys, monkeypatch, plain
     seen = capsys.readouterr().out
     assert "FAIL: triton_syncbn is wrong on three channels" in seen
     assert re.search(r"three channels .* FAIL", seen)
+
+
+def test_what_cannot_be_made_is_left_out_with_a_word(tmp_path, capsys, monkeypatch, plain_torch):
+    registered(monkeypatch, gather_syncbn=triton_syncbn.SyncBN, triton_syncbn_compiled=broken)
+    file = tmp_path / "rows.csv"
+    assert run_alone(tmp_path, "--csv", file) == 0
+    assert set(pd.read_csv(file).impl) == {"gather_syncbn"}
+    seen = capsys.readouterr().out
+    assert seen.count("Left out: triton_syncbn_compiled: ") == 1
+    assert "RuntimeError: the compiler says no\n" in seen
+
+
+def test_a_slower_row_ends_with_1(tmp_path, capsys, plain_torch):
+    file, before = tmp_path / "rows.csv", tmp_path / "before.csv"
+    chosen = ("--impl", "torch_batchnorm")
+    assert run_alone(tmp_path, *chosen, "--csv", file) == 0
+    rows = pd.read_csv(file)
+    times = ["us_p20", "us_p50", "us_p80"]
+    rows.assign(**rows[times] * 1e-3).to_csv(before, index=False)
+    assert run_alone(tmp_path, *chosen, "--baseline", before) == 1
+    assert "9 rows are slower by more than 5%" in capsys.readouterr().out
+    rows.assign(**rows[times] * 1e3).to_csv(before, index=False)
+    assert run_alone(tmp_path, *chosen, "--baseline", before) == 0
+
+
+def test_a_baseline_of_another_gpu_ends_the_command_at_once(tmp_path):
+    file = tmp_path / "rows.csv"
+    pd.DataFrame(columns=COLUMNS, data=[["Other GPU"] * len(COLUMNS)]).to_csv(file)
+    done = subprocess.run(
+        [sys.executable, compare.__file__, "--baseline", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("--baseline: another GPU: expected ")
+    assert "got Other GPU" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--readme", "--cuda-graph", "--warm-cache"])
+def test_what_needs_a_gpu_is_refused_without_one(option, capsys, plain_torch):
+    with pytest.raises(SystemExit):
+        compare.parse([option])
+    assert f"{option}: expected a GPU, found none" in capsys.readouterr().err
 
 
 def test_every_layer_of_the_list_is_a_case():
@@ -108,45 +165,10 @@ def test_every_layer_of_the_list_is_a_case():
     ids=str,
 )
 def test_layers_are_scaled_down_by_what_the_report_says(shape, smaller):
-    assert cases.scaled_down(shape, compare.CPU_FACTOR) == smaller
+    assert cases.scaled_down(shape, report.CPU_FACTOR) == smaller
 
 
 def test_bytes_are_counted_by_the_formula():
     case = cases.Case("suite", "layer", (2, 3, 5, 7), "bf16", "channels_last")
     assert case.bytes == 2 * 3 * 5 * 7 * 2
-    assert measure.TRANSFERS == {"forward": 3, "backward": 5, "both": 8}
-
-
-def gathered_step(rank, world_size):
-    """Communication of the layer that stands for torch.nn.SyncBatchNorm."""
-    from gather_syncbn import GatherSyncBN
-
-    from tests.ranks import counted_communication
-
-    input = torch.randn(3, 5, 4, requires_grad=True)
-    with counted_communication() as seen:
-        GatherSyncBN(5)(input).sum().backward()
-    return [name for name, *_ in seen], [math.prod(shape) for _, shape, _ in seen]
-
-
-def test_the_stand_in_sends_what_torch_sends(reference_ranks):
-    """A gather of 2C + 1 numbers in forward, an all_reduce of 2C in backward."""
-    for names, sizes in reference_ranks.run(gathered_step, 2):
-        assert names == ["all_gather", "all_reduce"]
-        assert sizes == [11, 10]
-
-
-def test_one_rank_communicates_only_while_compared(tmp_path):
-    store = f"file://{tmp_path}/store"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    from tests.ranks import counted_communication
-
-    try:
-        layer, input = triton_syncbn.SyncBN(3), torch.randn(4, 3)
-        with counted_communication() as seen:
-            with implementations.synchronized_even_alone():
-                layer(input)
-            layer(input)
-        assert [name for name, *_ in seen] == ["all_reduce"]
-    finally:
-        dist.destroy_process_group()
+    assert passes.TRANSFERS == {"forward": 3, "backward": 5, "both": 8}
