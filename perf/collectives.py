@@ -1,9 +1,9 @@
-"""Bytes and modelled latency of the two ways to synchronize a forward pass: gather the statistics of
-all ranks, or add them up.
+"""Bytes and modelled latency of the two ways to synchronize a forward pass: gather the statistics
+of all ranks, or add them up.
 
 Everything here is a formula; nothing is measured. The formulas are those of Thakur, Rabenseifner
-and Gropp, "Optimization of Collective Communication Operations in MPICH" (2005), for n bytes on each
-of p ranks, alpha a hop and beta a byte; the time to add numbers up (gamma) is left out:
+and Gropp, "Optimization of Collective Communication Operations in MPICH" (2005), for n bytes on
+each of p ranks, alpha a hop and beta a byte; the time to add numbers up (gamma) is left out:
 
     ring gather         (p - 1) alpha + (p - 1) n beta
     doubling gather     log2(p) alpha + (p - 1) n beta
@@ -28,8 +28,8 @@ class Network:
     nodes.
 
     Latencies are those by which NCCL chooses an algorithm for small messages (its LL protocol,
-    src/graph/tuning.cc). Bandwidths are half of what NVLink 4 and InfiniBand NDR, one adapter a GPU,
-    promise in a direction: messages of this size do not fill a link.
+    src/graph/tuning.cc). Bandwidths are half of what NVLink 4 and InfiniBand NDR (one adapter a
+    GPU) promise in a direction: messages of this size do not fill a link.
     """
 
     ranks_per_node: int = 8
@@ -75,8 +75,8 @@ def all_reduce_bytes(world_size: int, channels: int) -> float:
     return 2 * (world_size - 1) / world_size * numbers_sent(channels) * REDUCED_ITEM_BYTES
 
 
-def gather_ring_us(world_size: int, channels: int, network: Network) -> float:
-    """Modelled latency of a gather in a ring, microseconds."""
+def gather_us(world_size: int, channels: int, network: Network) -> float:
+    """Modelled latency of a gather in a ring, NCCL's way as a rule, microseconds."""
     return (
         network.start_us
         + _ring_hops_us(world_size, network)

@@ -23,7 +23,9 @@ def make_model(name: str) -> nn.Module:
     raise ValueError(f"name: expected one of {', '.join(CLASSES)}; got {name!r}")
 
 
-def _conv_norm(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Module:
+def _conv_norm(
+    inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1
+) -> nn.Module:
     """A convolution without a bias, which batch norm would take away again, and the norm."""
     padding = dilation * (size // 2)
     return nn.Sequential(
