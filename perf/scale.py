@@ -4,8 +4,8 @@ The first word of a column says what kind of number it holds. `wire`: bytes that
 forward, by formula. `model`: latency by the formulas of collectives.py, with assumed constants.
 `measured`: the time of what a rank computes once the collective is done, on this machine.
 
-Backward is not in the table: both layers all-reduce 2C numbers there, the stock one in float32, ours
-in float64.
+Backward is not in the table: both layers all-reduce 2C numbers there, the stock one in float32,
+ours in float64.
 """
 
 import argparse

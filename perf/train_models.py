@@ -1,8 +1,8 @@
 """Train whole models with each layer: the time of a step, and its memory.
 
-Every layer gets the same weights and data. The loss before a first step and after it must agree with
-that of the stock layer, or there is no time. A time is that of forward, loss, backward and SGD, of
-the slowest rank; DistributedDataParallel where there are several. Without a GPU: two processes on
+Every layer gets the same weights and data. The loss before a first step and after it must agree
+with that of the stock layer, or there is no time. A time is that of forward, loss, backward and
+SGD, of the slowest rank; DistributedDataParallel where there are several. Without a GPU: two processes on
 this machine over gloo, small inputs, and gather_syncbn in the place of torch.nn.SyncBatchNorm.
 """
 
@@ -36,12 +36,17 @@ GPU_SHAPES = {
 }
 CPU_SHAPES = {
     "resnet50": (2, 3, 64, 64),
-    "deeplab": (2, 3, 65, 65),
-    "unet3d": (2, 3, 16, 16, 16),
+    "deeplab": (2, 3, 33, 33),
+    "unet3d": (2, 3, 8, 16, 16),
 }
+COLUMNS = [
+    *("model", "shape", "dtype", "layout", "world_size", "impl"),
+    *("loss_first", "loss_second", "error_over_tolerance", "samples"),
+    *("us_p20", "us_p50", "us_p80", "host_us", "peak_mb", "failure"),
+]
 CPU_RANKS = 2
 GPU_SAMPLES = 30
-CPU_SAMPLES = 4
+CPU_SAMPLES = 3
 
 
 def layer_classes(device: torch.device) -> dict[str, type[Any] | None]:
@@ -72,8 +77,9 @@ def measure_model(
 
     `us_p20`, `us_p50`, `us_p80`: microseconds of a step, on a GPU of the device; `host_us`: of the
     host, median. `peak_mb`: memory of a step on a GPU, with model, gradients and optimizer, from a
-    run of its own. `error_over_tolerance`: of the loss; above 1 the row has neither time nor memory.
-    It is empty for torch_batchnorm where there are several ranks, as that has other losses.
+    run of its own. `error_over_tolerance`: of the loss; above 1 the row has neither time nor
+    memory. It is empty for torch_batchnorm where there are several ranks: its losses are others.
+    `failure`: why the compiled layer could not be run.
     """
     gpu = device.type == "cuda"
     shape = shape or (GPU_SHAPES if gpu else CPU_SHAPES)[name]
@@ -87,13 +93,6 @@ def measure_model(
     with synchronized_even_alone():
         for impl, layer_class in (classes or layer_classes(device)).items():
             before = torch.cuda.memory_allocated(device) if gpu else 0
-            step = TrainingStep(
-                name, model, layer_class, shape, device, dtype, layout, impl == COMPILED
-            )
-            losses = step.losses()
-            expected = expected or losses
-            comparable = impl != UNSYNCHRONIZED or dist.get_world_size() == 1
-            error = loss_error_over_tolerance(losses, expected, dtype) if comparable else None
             rows[impl] = {
                 "model": name,
                 "shape": "x".join(map(str, shape)),
@@ -101,6 +100,21 @@ def measure_model(
                 "layout": layout,
                 "world_size": dist.get_world_size(),
                 "impl": impl,
+            }
+            step = TrainingStep(
+                name, model, layer_class, shape, device, dtype, layout, impl == COMPILED
+            )
+            try:
+                losses = step.losses()
+            except Exception as failure:  # the compiler's
+                if impl != COMPILED:
+                    raise
+                rows[impl]["failure"] = str(failure).strip().partition("\n")[0]
+                continue
+            expected = expected or losses
+            comparable = impl != UNSYNCHRONIZED or dist.get_world_size() == 1
+            error = loss_error_over_tolerance(losses, expected, dtype) if comparable else None
+            rows[impl] |= {
                 "loss_first": losses[0],
                 "loss_second": losses[1],
                 "error_over_tolerance": error,
@@ -167,7 +181,8 @@ def _one_rank(
         "nccl" if gpu else "gloo", init_method=store, rank=rank, world_size=world_size
     )
     try:
-        return pd.DataFrame(measure_model(name, device, **keywords))
+        frame = pd.DataFrame(measure_model(name, device, **keywords), columns=COLUMNS)
+        return frame.astype(dict.fromkeys(COLUMNS[6:-1], float))
     finally:
         dist.destroy_process_group()
 
@@ -184,7 +199,7 @@ def report(frame: pd.DataFrame) -> str:
     text.loc[wrong, "ms_p50"] = "FAIL"
     text["x"] = [f"{baseline / us:.2f}" if us > 0 else "" for us in frame.us_p50]
     text["peak_mb"] = [f"{mb:.0f}" if mb > 0 else "" for mb in frame.peak_mb]
-    text["loss"] = [f"{loss:.5f}" for loss in frame.loss_second]
+    text["loss"] = [f"{loss:.6f}" for loss in frame.loss_second]
     first = frame.iloc[0]
     tolerance = LOSS_TOLERANCE[first["dtype"]]
     lines = [
@@ -195,6 +210,8 @@ def report(frame: pd.DataFrame) -> str:
     ]
     for impl, error in frame.loc[wrong, ["impl", "error_over_tolerance"]].values:
         lines.append(f"FAIL: the loss of {impl} is {error:.3g} times the tolerance off.")
+    for impl, failure in frame.loc[frame.failure.notna(), ["impl", "failure"]].values:
+        lines.append(f"{impl} did not run: {failure}")
     return "\n".join(lines)
 
 
