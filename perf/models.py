@@ -24,13 +24,22 @@ def make_model(name: str) -> nn.Module:
 
 
 def _conv_norm(
-    inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1
-) -> nn.Sequential:
-    """A convolution without a bias, which batch norm would take away again, and the norm."""
+    inputs: int,
+    outputs: int,
+    size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    weight: float = 1.0,
+) -> nn.Module:
+    """A convolution without a bias, which batch norm would take away again, and the norm, whose
+    weights start at `weight`.
+    """
+    norm = nn.BatchNorm2d(outputs)
+    nn.init.constant_(norm.weight, weight)
     padding = dilation * (size // 2)
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False),
-        nn.BatchNorm2d(outputs),
+        norm,
     )
 
 
@@ -46,8 +55,7 @@ class Bottleneck(nn.Module):
         outputs = 4 * width
         self.reduce = _conv_norm(inputs, width, 1)
         self.spatial = _conv_norm(width, width, 3, stride, dilation)
-        self.expand = _conv_norm(width, outputs, 1)
-        nn.init.zeros_(self.expand[1].weight)
+        self.expand = _conv_norm(width, outputs, 1, weight=0.0)
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else _conv_norm(inputs, outputs, 1, stride)
 

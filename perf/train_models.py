@@ -2,8 +2,9 @@
 
 Every layer gets the same weights and data. The loss before a first step and after it must agree
 with that of the stock layer, or there is no time. A time is that of forward, loss, backward and
-SGD, of the slowest rank; DistributedDataParallel where there are several. Without a GPU: two processes on
-this machine over gloo, small inputs, and gather_syncbn in the place of torch.nn.SyncBatchNorm.
+SGD, of the slowest rank; DistributedDataParallel where there are several. Without a GPU: two
+processes on this machine over gloo, small inputs, and gather_syncbn in the place of
+torch.nn.SyncBatchNorm.
 """
 
 import argparse

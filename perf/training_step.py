@@ -20,8 +20,8 @@ from triton_syncbn.convert import convert_layers
 
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
-# Relative, of a loss before and after one step. In fp32 layers that are right differ by 1e-7, and 1%
-# of an output by more than 1e-4. bf16 moves the loss of ResNet-50 by 2e-3 from that of fp32, so that
+# Relative, of a loss before and after one step. In fp32 right layers differ by 1e-7, and those that
+# are wrong by 1% by more than 1e-4. bf16 moves the loss of ResNet-50 by 2e-3 from that of fp32, and
 # layers that round at other places may differ as much.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 

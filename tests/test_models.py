@@ -33,8 +33,8 @@ def batch_norms(model):
     ("name", "parameters", "norms"),
     [
         ("resnet50", 25_557_032, 53),
-        # torchvision's deeplabv3_resnet50, 42,004,074, without its auxiliary head: a 3x3 convolution
-        # of 1024 to 256 channels, a norm, and a 1x1 convolution to 21 classes with a bias
+        # torchvision's deeplabv3_resnet50 without its auxiliary head: a 3x3 convolution of 1024 to
+        # 256 channels, a norm, and a 1x1 convolution to 21 classes with a bias
         ("deeplab", 42_004_074 - (9 * 1024 * 256 + 2 * 256 + 256 * 21 + 21), 60),
         # the paper's 19,069,955 leaves out weight and bias of norms over 2,336 channels
         ("unet3d", 19_069_955 + 2 * 2_336, 14),

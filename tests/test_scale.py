@@ -1,4 +1,6 @@
-"""The table of scale: bytes and models by formula, measured times beside them and not among them."""
+"""The table of scale: bytes and models by formula; measured times beside them, not among them."""
+
+import itertools
 
 import collectives
 import pandas as pd
@@ -30,8 +32,8 @@ def test_bytes_are_those_worked_out_by_hand(world_size, channels, gathered, redu
     [
         # one node: 1 hop of 0.6 us; 516 and 1032 bytes at 225 bytes a nanosecond
         (2, 64, (7.202293, 7.202293, 7.804587, 7.809173)),
-        # 32 nodes of 8: a ring has 31 hops of 2.7 us and 224 of 0.6 us, a tree 5 levels of 5 us above
-        # 3 of 0.6 us; 4,178,940 and 65,295.9375 bytes at 25 bytes a nanosecond
+        # 32 nodes of 8: a ring has 31 hops of 2.7 us and 224 of 0.6 us, a tree 5 levels of 5 us
+        # above 3 of 0.6 us; 4,178,940 and 65,295.9375 bytes at 25 bytes a nanosecond
         (256, 2048, (391.8576, 200.5576, 445.411838, 74.184427)),
     ],
 )
@@ -52,7 +54,7 @@ def test_latency_grows_with_the_ranks(name, channels):
 
 def test_a_tree_takes_as_much_longer_for_every_doubling_of_nodes():
     latencies = [collectives.all_reduce_tree_us(8 * 2**n, 512, Network()) for n in range(10)]
-    steps = [after - before for before, after in zip(latencies, latencies[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(latencies)]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 
@@ -107,30 +109,30 @@ def test_every_pair_of_channels_and_ranks_is_a_row():
     assert (table.groupby("channels").measured_all_reduce_finish_us.nunique() == 1).all()
 
 
+def statistics_of_the_batch(device):
+    """Of 16 ranks with equal counts: the mean of means, and the mean variance plus that of means."""
+    gathered = scale._gathered_statistics(16, 7, device).double()
+    means, rstds = gathered[:, :7], gathered[:, 7:14]
+    variances = 1 / rstds**2 - scale.EPS
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+
 def test_what_is_timed_makes_the_statistics_of_the_global_batch():
-    """Of ranks with equal counts: the mean of means, and the mean variance plus that of means."""
     device = torch.device("cpu")
-    means = scale._gathered_statistics(16, 7, device)[:, :7].double()
     mean, variance, count = scale.gather_merge(16, 7, device)()
     assert count == 16_000
-    torch.testing.assert_close(mean, means.mean(0))
-    # float32 1/std of 1 holds a variance to 1e-7
-    torch.testing.assert_close(
-        variance, (1 - scale.EPS + means.var(0, correction=0)), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close((mean, variance), statistics_of_the_batch(device))
 
 
 @pytest.mark.gpu
-def test_what_is_timed_on_a_gpu_makes_the_same_statistics():
-    mean, variance, _ = scale.gather_merge(16, 7, torch.device("cpu"))()
-    gpu = torch.device("cuda")
-    gathered = scale._gathered_statistics(16, 7, gpu)
-    expected = gathered[:, :7].double()
-    mean, rstd = scale.gather_merge(16, 7, gpu)()
-    torch.testing.assert_close(mean.double(), expected.mean(0), atol=1e-6, rtol=1e-5)
-    variance = 1 - scale.EPS + expected.var(0, correction=0)
-    torch.testing.assert_close(rstd.double(), (variance + scale.EPS).rsqrt(), atol=1e-5, rtol=1e-5)
-    table = scale.scale_table([64], [2, 4096], gpu)
+def test_what_is_timed_on_a_gpu_makes_the_statistics_of_the_global_batch():
+    device = torch.device("cuda")
+    mean, rstd = scale.gather_merge(16, 7, device)()
+    expected, variance = statistics_of_the_batch(device)
+    # the operator adds up in float32
+    torch.testing.assert_close(mean.double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rstd.double(), (variance + scale.EPS).rsqrt(), atol=0, rtol=1e-5)
+    table = scale.scale_table([64], [2, 4096], device)
     assert (table.filter(like="measured_").select_dtypes("number") > 0).all(axis=None)
     assert (table.measured_on == torch.cuda.get_device_name()).all()
 
