@@ -110,7 +110,7 @@ def test_every_pair_of_channels_and_ranks_is_a_row():
 
 
 def statistics_of_the_batch(device):
-    """Of 16 ranks with equal counts: the mean of means, and the mean variance plus that of means."""
+    """Of ranks with equal counts: the mean of means; the mean variance plus that of means."""
     gathered = scale._gathered_statistics(16, 7, device).double()
     means, rstds = gathered[:, :7], gathered[:, 7:14]
     variances = 1 / rstds**2 - scale.EPS
