@@ -40,11 +40,11 @@ CPU_SHAPES = {
     "deeplab": (2, 3, 33, 33),
     "unet3d": (2, 3, 8, 16, 16),
 }
-COLUMNS = [
-    *("model", "shape", "dtype", "layout", "world_size", "impl"),
+FIGURES = [
     *("loss_first", "loss_second", "error_over_tolerance", "samples"),
-    *("us_p20", "us_p50", "us_p80", "host_us", "peak_mb", "failure"),
+    *("us_p20", "us_p50", "us_p80", "host_us", "peak_mb"),
 ]
+COLUMNS = ["model", "shape", "dtype", "layout", "world_size", "impl", *FIGURES, "failure"]
 CPU_RANKS = 2
 GPU_SAMPLES = 30
 CPU_SAMPLES = 3
@@ -182,14 +182,19 @@ def _one_rank(
         "nccl" if gpu else "gloo", init_method=store, rank=rank, world_size=world_size
     )
     try:
-        frame = pd.DataFrame(measure_model(name, device, **keywords), columns=COLUMNS)
-        return frame.astype(dict.fromkeys(COLUMNS[6:-1], float))
+        return tidy(measure_model(name, device, **keywords))
     finally:
         dist.destroy_process_group()
 
 
+def tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows of `measure_model` with all COLUMNS; a figure that was not measured is empty."""
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return frame.astype(dict.fromkeys(FIGURES, float))
+
+
 def report(frame: pd.DataFrame) -> str:
-    """The table of a model, and what it means."""
+    """The table of a model that `run` or `tidy` returned, and what it means."""
     baseline = frame.us_p50.iloc[0]
     text = pd.DataFrame({"impl": frame.impl})
     for column in ("us_p20", "us_p50", "us_p80", "host_us"):

@@ -81,10 +81,10 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         """Make a step. Returns the loss of this rank before it."""
+        self.optimizer.zero_grad(set_to_none=True)
         bfloat16 = self.dtype == "bf16"
         with torch.autocast(self.device.type, DTYPES["bf16"], enabled=bfloat16):
             loss = F.cross_entropy(self.model(self.images).float(), self.labels)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return loss.detach()

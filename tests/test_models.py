@@ -128,7 +128,7 @@ def rows_of_wrong_layers(rank, world_size):
 
 def test_a_wrong_layer_has_no_time(reference_ranks):
     for rows in reference_ranks.run(rows_of_wrong_layers, 2):
-        frame = pd.DataFrame(rows, columns=train_models.COLUMNS).set_index("impl")
+        frame = train_models.tidy(rows).set_index("impl")
         wrong = frame.loc[list(WRONG)]
         assert (wrong.error_over_tolerance > 1).all()
         assert wrong.us_p50.isna().all()
