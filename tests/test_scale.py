@@ -124,6 +124,30 @@ def test_what_is_timed_makes_the_statistics_of_the_global_batch():
     torch.testing.assert_close((mean, variance), statistics_of_the_batch(device))
 
 
+@pytest.mark.parametrize("world_size", [2, 16])
+def test_operators_of_a_gpu_are_given_what_their_schemas_say(monkeypatch, world_size):
+    """Shapes alone, on tensors without memory: the stock operator runs nowhere but on a GPU."""
+    device, seen = torch.device("meta"), []
+    monkeypatch.setattr(torch, "batch_norm_gather_stats_with_counts", lambda *a: seen.append(a))
+    monkeypatch.setattr(
+        scale, "_gathered_statistics", lambda W, C, device: torch.empty(W, 2 * C + 1, device=device)
+    )
+    scale.gather_merge(world_size, 7, device)()
+    schema = torch.ops.aten.batch_norm_gather_stats_with_counts.default._schema
+    given = dict(zip([argument.name for argument in schema.arguments], *seen, strict=True))
+    assert given.pop("momentum") == scale.MOMENTUM
+    assert given.pop("eps") == scale.EPS
+    assert {name: tuple(tensor.shape) for name, tensor in given.items()} == {
+        "input": (1, 7),
+        "mean": (world_size, 7),
+        "invstd": (world_size, 7),
+        "running_mean": (7,),
+        "running_var": (7,),
+        "counts": (world_size,),
+    }
+    assert scale.all_reduce_finish(7, device)().shape == (1, 7)
+
+
 @pytest.mark.gpu
 def test_what_is_timed_on_a_gpu_makes_the_statistics_of_the_global_batch():
     device = torch.device("cuda")
