@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import model_table
 import models
 import pandas as pd
 import pytest
@@ -88,7 +89,7 @@ def test_two_ranks_train_a_model_within_40_seconds(tmp_path):
     elapsed = time.monotonic() - begin
     assert done.returncode == 0, done.stderr
     rows = pd.read_csv(file)
-    assert rows.columns.tolist() == train_models.COLUMNS
+    assert rows.columns.tolist() == model_table.COLUMNS
     assert rows.impl.tolist() == ["gather_syncbn", "torch_batchnorm", "triton_syncbn"]
     assert (rows.world_size == 2).all()
     assert ((rows.us_p20 > 0) & (rows.us_p20 <= rows.us_p50) & (rows.us_p50 <= rows.us_p80)).all()
@@ -128,14 +129,14 @@ def rows_of_wrong_layers(rank, world_size):
 
 def test_a_wrong_layer_has_no_time(reference_ranks):
     for rows in reference_ranks.run(rows_of_wrong_layers, 2):
-        frame = train_models.tidy(rows).set_index("impl")
+        frame = model_table.tidy(rows).set_index("impl")
         wrong = frame.loc[list(WRONG)]
         assert (wrong.error_over_tolerance > 1).all()
         assert wrong.us_p50.isna().all()
         right = frame.loc[["gather_syncbn", "triton_syncbn"]]
         assert (right.error_over_tolerance <= 1).all()
         assert (right.us_p50 > 0).all()
-        seen = train_models.report(frame.reset_index())
+        seen = model_table.report(frame.reset_index())
         assert seen.count("FAIL:") == len(WRONG)
 
 
