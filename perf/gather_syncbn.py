@@ -16,6 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from triton_syncbn import ops
 
 
+def merge(gathered: Tensor, eps: float) -> Tensor:
+    """Moments of the global batch, float64 [2C + 1], from mean, 1/std and count of every rank,
+    float32 [ranks, 2C + 1].
+    """
+    channels = gathered.shape[1] // 2
+    means, rstds, counts = gathered.double().split((channels, channels, 1), dim=1)
+    squares = rstds.pow(-2) - eps + means * means
+    return torch.cat([(means * counts).sum(0), (squares * counts).sum(0), counts.sum(0)])
+
+
 class _GatherFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -35,11 +45,7 @@ class _GatherFunction(torch.autograd.Function):
         mine = torch.cat([mean, rstd, count]).float()
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, mine)
-        means, rstds, counts = (
-            torch.stack(gathered).double().split((len(mean), len(mean), 1), dim=1)
-        )
-        squares = rstds.pow(-2) - eps + means * means
-        moments = torch.cat([(means * counts).sum(0), (squares * counts).sum(0), counts.sum(0)])
+        moments = merge(torch.stack(gathered), eps)
         ctx.save_for_backward(input, weight, moments)
         ctx.eps = eps
         return ops.normalize(
