@@ -34,7 +34,7 @@ help:
 compare: $(ENVIRONMENT)
 	$(RUN) perf/compare.py --csv build/compare/rows.csv --plots build/compare $(ARGS)
 
-# Both run, whatever the first says; the exit status is that of what failed.
+# All of it runs, whatever the first parts say; the exit status is that of what failed.
 gpu: $(ENVIRONMENT)
 	@test -n "$(OUT)" || { echo "make gpu: say where to write: make gpu OUT=folder"; exit 2; }
 	@$(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
@@ -46,6 +46,8 @@ gpu: $(ENVIRONMENT)
 	$(RUN) perf/compare.py --dtype bf16 fp32 --layout channels_first channels_last \
 		--csv "$(OUT)/rows.csv" --plots "$(OUT)" $(ARGS) > "$(OUT)/compare.txt" || status=$$?; \
 	cat "$(OUT)/compare.txt"; \
+	$(RUN) perf/compare.py --scale --csv "$(OUT)/scale.csv" --plots "$(OUT)" || status=$$?; \
+	$(RUN) perf/compare.py --model resnet50 deeplab unet3d --csv "$(OUT)/models.csv" || status=$$?; \
 	exit $$status
 
 tune: $(ENVIRONMENT)

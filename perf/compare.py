@@ -6,6 +6,9 @@ torch's batch norm, which does not synchronize. Without one: two processes on th
 gloo, the layers scaled down, against a layer that sends what torch.nn.SyncBatchNorm sends (which
 refuses CPU tensors) and torch's batch norm.
 
+Instead of layers: with --scale, what a rank receives, waits and computes in groups of 2 to 4096
+ranks; with --model, a training step of whole networks.
+
 Under torchrun every rank takes the GPU of its local rank, and a time is that of the slowest rank.
 The exit status is 1 if a row is wrong, or slower than --baseline allows.
 """
@@ -27,12 +30,16 @@ from implementations import REGISTERED, implementations, synchronized_even_alone
 from markdown import summary
 from measure import Measurement
 from memory import copy_bytes_per_second
+from model_table import report as model_report
+from models import CLASSES
 from passes import PASSES
-from plots import write_plots
+from plots import write_plots, write_scale_plot
 from readme import README, write_block
 from regression import check_comparable, describe, read_baseline, regressions
 from report import CPU_FACTOR, print_report, tidy
+from scale import scale_table, scale_text
 from tqdm import tqdm
+from train_models import run as run_model
 
 CPU_RANKS = 2
 
@@ -46,6 +53,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     file: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
     what = parser.add_argument_group("what is compared")
     what.add_argument("--suite", nargs="+", choices=suites(), default=suites())
+    what.add_argument("--scale", action="store_true", help="2 to 4096 ranks, instead of layers")
+    what.add_argument("--model", nargs="+", choices=CLASSES, help="networks, instead of layers")
     what.add_argument("--impl", nargs="+", choices=REGISTERED, help="default: what runs here")
     what.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"] if gpu else ["fp32"]
@@ -94,6 +103,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; 1 if any row is wrong or a regression."""
     options = parse(arguments)
+    if options.scale:
+        return compare_scale(options)
+    if options.model:
+        return compare_models(options)
     torchrun = "WORLD_SIZE" in os.environ
     alone = 1 if torch.cuda.is_available() else CPU_RANKS
     world_size = int(os.environ["WORLD_SIZE"]) if torchrun else alone
@@ -155,6 +168,33 @@ def compare(rank: int, world_size: int, store: str, options: argparse.Namespace)
     return status
 
 
+def compare_scale(options: argparse.Namespace) -> int:
+    """Print and write how costs grow with the ranks; the first rank of torchrun does it alone."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0
+    frame = scale_table(device=device_of_rank(), samples=options.samples)
+    print(scale_text(frame))
+    if options.csv:
+        write_rows(frame, options.csv)
+    if options.plots:
+        print(write_scale_plot(frame, options.plots))
+    return 0
+
+
+def compare_models(options: argparse.Namespace) -> int:
+    """Print and write the training steps of networks; 1 if a layer in one of them is wrong."""
+    frames = []
+    for name in options.model:
+        frames.append(run_model(name))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(model_report(frames[-1]), flush=True)
+    frame = pd.concat(frames, ignore_index=True)
+    if options.csv and int(os.environ.get("RANK", 0)) == 0:
+        setting = environment(device_of_rank(), int(frame.world_size.iloc[0]))
+        write_rows(frame.assign(**setting), options.csv)
+    return int((frame.error_over_tolerance > 1.0).any())
+
+
 def device_of_rank() -> torch.device:
     """The GPU of this rank, or the CPU."""
     if torch.cuda.is_available():
@@ -174,13 +214,18 @@ def check_baseline(file: pathlib.Path, world_size: int) -> None:
         print(f"--baseline: {warning}", file=sys.stderr)
 
 
+def write_rows(frame: pd.DataFrame, file: pathlib.Path) -> None:
+    """Write a CSV file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(file, index=False, float_format="%.10g")
+    print(f"{len(frame)} rows written to {file}.")
+
+
 def write_files(frame: pd.DataFrame, roof: float, options: argparse.Namespace) -> None:
     """The files that were asked for."""
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.csv, index=False, float_format="%.6g")
+        write_rows(frame, options.csv)
         options.csv.with_suffix(".md").write_text(summary(frame, roof), encoding="utf-8")
-        print(f"{len(frame)} rows written to {options.csv}, a summary beside it.")
     if options.plots:
         print(write_plots(frame, options.plots))
     if options.readme:

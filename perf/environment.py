@@ -34,9 +34,13 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     }
 
 
-def config_in_use(device: torch.device) -> str:
-    """Where the launch configs of the kernels come from."""
-    return "default"
+def config_in_use(device: torch.device) -> str | None:
+    """Where the launch configs of the kernels come from; None where no kernel runs."""
+    if device.type != "cuda":
+        return None
+    from triton_syncbn.kernels import tuned_configs
+
+    return tuned_configs.config_source(device)
 
 
 def answer(*command: str) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 from cases import Case
+from plot_scale import plot_scale
 from report import baseline_of, geometric_means, ours_of, where
 
 RESOLUTION = 150  # dots per inch
@@ -21,11 +22,8 @@ COLORS = {
 
 def write_plots(frame: pd.DataFrame, folder: pathlib.Path) -> str:
     """Draw into a folder; returns what was done, in a line."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as missing:
-        return f"No plots: {missing.name} is not installed (pip install matplotlib)."
-    matplotlib.use("agg")
+    if missing := matplotlib_is_missing():
+        return missing
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "bandwidth.png"]
     draw_bandwidth(frame).savefig(files[0], dpi=RESOLUTION)
@@ -33,6 +31,24 @@ def write_plots(frame: pd.DataFrame, folder: pathlib.Path) -> str:
         files.append(folder / "speedup.png")
         draw_speedups(frame).savefig(files[1], dpi=RESOLUTION)
     return f"Plots: {', '.join(map(str, files))}"
+
+
+def write_scale_plot(frame: pd.DataFrame, folder: pathlib.Path) -> str:
+    """Draw the table of scale.py into a folder; returns what was done, in a line."""
+    if missing := matplotlib_is_missing():
+        return missing
+    plot_scale(frame, folder / "scale.png")
+    return f"Plots: {folder / 'scale.png'}"
+
+
+def matplotlib_is_missing() -> str | None:
+    """Prepare to draw into files; a line that says why there is nothing to draw with, or None."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as missing:
+        return f"No plots: {missing.name} is not installed (pip install matplotlib)."
+    matplotlib.use("agg")
+    return None
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

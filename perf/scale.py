@@ -132,6 +132,12 @@ def _without_argument(work: Callable[[], object]) -> Callable[[object], object]:
     return lambda prepared: work()
 
 
+def scale_text(frame: pd.DataFrame) -> str:
+    """The table, and what it means."""
+    rows = frame.drop(columns="measured_on").to_string(index=False, float_format="{:,.1f}".format)
+    return f"{rows}\n{footer(frame)}"
+
+
 def footer(frame: pd.DataFrame, network: Network | None = None) -> str:
     """What the columns mean, and the constants of the models."""
     where = frame.measured_on.iloc[0]
@@ -161,8 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     frame = scale_table(
         options.channels, device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    print(frame.drop(columns="measured_on").to_string(index=False, float_format="{:,.1f}".format))
-    print(footer(frame))
+    print(scale_text(frame))
     if options.csv:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         frame.to_csv(options.csv, index=False, float_format="%.10g")

@@ -1,5 +1,6 @@
 """The comparison: what is wrong gets no time, and every number is in the file."""
 
+import functools
 import os
 import re
 import subprocess
@@ -9,10 +10,12 @@ import tempfile
 import cases
 import compare
 import implementations
+import model_table
 import pandas as pd
 import passes
 import pytest
 import report
+import scale
 import torch
 
 import triton_syncbn
@@ -172,3 +175,32 @@ def test_bytes_are_counted_by_the_formula():
     case = cases.Case("suite", "layer", (2, 3, 5, 7), "bf16", "channels_last")
     assert case.bytes == 2 * 3 * 5 * 7 * 2
     assert passes.TRANSFERS == {"forward": 3, "backward": 5, "both": 8}
+
+
+def test_scale_is_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "scale_table", functools.partial(scale.scale_table, (64,), (2, 4)))
+    arguments = ["--scale", "--samples", "2", "--csv", f"{tmp_path}/scale.csv", "--plots"]
+    assert compare.main([*arguments, str(tmp_path)]) == 0
+    rows = pd.read_csv(tmp_path / "scale.csv")
+    assert list(rows.world_size) == [2, 4]
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+    seen = capsys.readouterr().out
+    assert "model: not measured; assumed constants" in seen
+    assert "model_all_reduce_ring_us" in seen
+
+
+@pytest.mark.parametrize(("error", "status"), [(0.5, 0), (3.0, 1)])
+def test_models_are_rows_with_their_setting_and_a_wrong_one_ends_with_1(
+    error, status, tmp_path, capsys, monkeypatch
+):
+    def run_model(name):
+        row = {"model": name, "impl": "triton_syncbn", "error_over_tolerance": error}
+        return model_table.tidy([{**row, "dtype": "fp32", "shape": "2x3", "world_size": 2}])
+
+    monkeypatch.setattr(compare, "run_model", run_model)
+    file = tmp_path / "models.csv"
+    assert compare.main(["--model", "resnet50", "unet3d", "--csv", str(file)]) == status
+    rows = pd.read_csv(file)
+    assert list(rows.model) == ["resnet50", "unet3d"]
+    assert {"commit", "torch", "gpu"} <= set(rows.columns)
+    assert ("FAIL" in capsys.readouterr().out) == bool(status)
