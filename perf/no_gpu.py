@@ -13,10 +13,10 @@ class NoGPU:
         """The architecture that is compiled for."""
         return self.target
 
-    def get_current_device(self) -> int:
-        """One device."""
-        return 0
+    def get_current_device(self) -> str:
+        """A device for each target, as Triton keeps what it compiled by device."""
+        return str(self.target)
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         """The default stream."""
         return 0

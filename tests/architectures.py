@@ -35,6 +35,7 @@ import pandas as pd
 import torch
 import triton
 from cases import LAYOUTS, read_cases, suites
+from no_gpu import NoGPU
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -128,22 +129,6 @@ class Build(NamedTuple):
     widths: dict[str, list[int]]  # bits of the loads and stores of each map; empty where unknown
 
 
-class _Driver:
-    """What the JIT asks of a driver, for a target that is not there."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)  # the JIT keeps what it compiled by device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def compiled_instead_of_launched(architecture: Architecture) -> Iterator[list[Any]]:
     """Collect the kernels that launches under it would run on a device of the architecture.
@@ -158,7 +143,7 @@ def compiled_instead_of_launched(architecture: Architecture) -> Iterator[list[An
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **named))
 
-    driver.set_active(_Driver(architecture.target))
+    driver.set_active(NoGPU(architecture.target))
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(launch_config, "multiprocessors", lambda _: architecture.multiprocessors),
