@@ -183,11 +183,14 @@ def few_launches() -> list[Launch]:
 
 
 def all_launches(dtype: torch.dtype) -> list[Launch]:
-    """The layers of perf/shapes.csv, and every kind of map with every combination of flags."""
+    """The layers of perf/shapes.csv, every kind of map, and two of them with all flags."""
     cases = read_cases(suites(), ["fp32"], list(LAYOUTS))
-    kinds = itertools.product(KINDS, [dtype], LAYOUTS, FLAGS)
-    return [Launch(case.shape, dtype, case.layout) for case in cases] + [
-        Launch(*launch) for launch in kinds
+    kinds = [*itertools.product(KINDS, [dtype], LAYOUTS)]
+    flags = itertools.product(KINDS[:2], [dtype], LAYOUTS, FLAGS)
+    return [
+        *(Launch(case.shape, dtype, case.layout) for case in cases),
+        *(Launch(*kind) for kind in kinds),
+        *(Launch(*launch) for launch in flags),
     ]
 
 

@@ -27,7 +27,7 @@ def assert_exact(case: accuracy.Case, result: oracle.Result) -> None:
     assert not found, f"{case}: {'; '.join(found)}"
 
 
-@settings(max_examples=60, **ALWAYS_THE_SAME)
+@settings(max_examples=25, **ALWAYS_THE_SAME)
 @given(case=accuracy.cases(most_ranks=1))
 def test_layer_is_exact(case):
     """The layer in one process, on the interpreted kernels."""
@@ -35,20 +35,20 @@ def test_layer_is_exact(case):
 
 
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
-@settings(max_examples=40, **ALWAYS_THE_SAME)
+@settings(max_examples=12, **ALWAYS_THE_SAME)
 @given(case=accuracy.cases())
 def test_any_split_is_exact(implementation, case):
     """The four steps for up to five ranks in turn."""
     assert_exact(case, accuracy.train_steps(implementation, case))
 
 
-@settings(max_examples=60, **ALWAYS_THE_SAME)
+@settings(max_examples=50, **ALWAYS_THE_SAME)
 @given(case=accuracy.cases(most_elements=200_000))
 def test_larger_tensors_are_exact(case):
     assert_exact(case, accuracy.train_steps("reference", case))
 
 
-@settings(max_examples=12, **ALWAYS_THE_SAME)
+@settings(max_examples=6, **ALWAYS_THE_SAME)
 @given(case=accuracy.cases())
 def test_any_split_over_processes_is_exact(ranks, case):
     """The layer in real processes, so what goes over the wire is tested too."""
