@@ -43,17 +43,19 @@ def _serve(connection: Any, environment: dict[str, str]) -> None:
     while (call := connection.recv()) is not None:
         function, rank, world_size, store, arguments = pickle.loads(call)
         try:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{store}",
-                rank=rank,
-                world_size=world_size,
-                timeout=TIMEOUT,
-            )
             try:
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{store}",
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=TIMEOUT,
+                )
+                dist.barrier()  # nobody leaves before all are connected
                 answer = pickle.dumps(function(rank, world_size, *arguments)), None
             finally:
-                dist.destroy_process_group()
+                if dist.is_initialized():
+                    dist.destroy_process_group()
         except BaseException:
             answer = None, traceback.format_exc()
         connection.send(answer)
@@ -91,6 +93,7 @@ class Ranks:
         self._bury()
         failures = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error]
         if failures:
+            self.stop()  # what failed may be in any state: the next run starts others
             raise Failure("\n".join(failures))
         return [pickle.loads(answer) for answer, _ in answers]
 
@@ -113,6 +116,7 @@ class Ranks:
                 connection.send(None)
         for process in self.processes:
             process.join(10)
+        self.processes, self.connections = [], []
 
 
 @contextlib.contextmanager
