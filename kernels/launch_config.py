@@ -22,6 +22,7 @@ RESIDENT_WARPS = 16  # of 128 registers a thread: so many fit a multiprocessor o
 RESIDENT_SMALL_WARPS = 24  # of 80 registers
 START = 2  # what a program costs beside its tiles, in tiles
 MOST_WAVES = 8
+MOST_ROWS_OF_WARP = 64  # that a flat block touches: their coefficients are held in registers
 MULTIPROCESSORS_OF_INTERPRETER = 4  # enough to split reductions, few enough to run in Python
 # From here on offsets do not fit 32 bits; the margin is the end of the last block.
 WIDE_FROM = 2**31 - 2**16
@@ -73,6 +74,8 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
     # Each warp computes the coefficients of its channels anew, so that it takes many elements.
     if kernel == "grad_input" and shape.columns % shape.vector == 0 and shape.vector >= 4:
         of_warp *= 2
+    while of_warp > max(MOST_ROWS_OF_WARP * shape.columns, 32):
+        of_warp //= 2
     block = of_warp * MOST_WARPS
     elements = shape.values * shape.channels
     while block > of_warp and elements < 2 * block * multiprocessors:
