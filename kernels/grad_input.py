@@ -17,7 +17,7 @@ from .output_indexing import (
     spread,
     tiles_of_program,
 )
-from .statistics import cast_down, load_parameter, mean_and_variance, split_high_low
+from .statistics import cast_down, inverse, inverse_root, load_parameter, mean_and_variance, split_high_low
 from .tuned_configs import lookup
 
 
@@ -87,8 +87,8 @@ def grad_input_kernel(
         )
         value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
     mean, variance, count = mean_and_variance(moments, channel, mask, channels)
-    rstd = tl.rsqrt(variance + eps)
-    share = 1.0 / tl.maximum(count, 1.0)
+    rstd = inverse_root(variance + eps)
+    share = inverse(tl.maximum(count, 1.0))
     grad_mean = tl.load(grad_moments + channel, mask=mask, other=0.0) * share
     product_mean = tl.load(grad_moments + channels + channel, mask=mask, other=0.0) * share
     mean_high, mean_low = split_high_low(mean, COMPUTE)

@@ -19,7 +19,7 @@ from .indexing import (
     sum_over_values,
 )
 from .launch_config import LaunchConfig, compute_dtype, index_dtype, reduction_blocks
-from .statistics import cast_down, mean_and_variance, split_high_low
+from .statistics import cast_down, inverse_root, mean_and_variance, split_high_low
 from .tuned_configs import lookup
 
 
@@ -72,7 +72,7 @@ def grad_moments_kernel(
     value = tl.load(input + offsets, mask=load, other=0.0)
 
     mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
-    rstd = tl.rsqrt(variance + eps)
+    rstd = inverse_root(variance + eps)
     mean_high, mean_low = split_high_low(mean, COMPUTE)
     offset = (-rstd * mean_low.to(tl.float64)).to(COMPUTE)
     rstd = rstd.to(COMPUTE)

@@ -21,7 +21,7 @@ from .output_indexing import (
     spread,
     tiles_of_program,
 )
-from .statistics import cast_down, load_parameter, mean_and_variance, split_high_low
+from .statistics import cast_down, inverse, inverse_root, load_parameter, mean_and_variance, split_high_low
 from .tuned_configs import lookup
 
 STATISTICS_BLOCK = 256  # channels that the program of the running statistics handles at once
@@ -47,9 +47,9 @@ def update_running_statistics(
         batches = tl.load(num_batches_tracked) + 1
         tl.store(num_batches_tracked, batches, mask=count > 0.0)
         if CUMULATIVE:
-            factor = 1.0 / batches.to(tl.float64)
+            factor = inverse(batches.to(tl.float64))
     if running_mean is not None:
-        unbias = count / tl.maximum(count - 1.0, 1.0)
+        unbias = count * inverse(tl.maximum(count - 1.0, 1.0))
         updated = tl.where(count > 0.0, channels, 0)
         for first in range(0, updated, BLOCK):
             channel = first + tl.arange(0, BLOCK)
@@ -151,7 +151,7 @@ def normalize_kernel(
             present = present & (tiles > 0)
             value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
         mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
-        scale = load_parameter(weight, channel, mask, 1.0) * tl.rsqrt(variance + eps)
+        scale = load_parameter(weight, channel, mask, 1.0) * inverse_root(variance + eps)
         mean_high, mean_low = split_high_low(mean, COMPUTE)
         # y = (x - mean_high) * scale + shift
         shift = load_parameter(bias, channel, mask, 0.0) - scale * mean_low.to(tl.float64)

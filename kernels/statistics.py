@@ -18,12 +18,40 @@ NOISE_OF_VARIANCE = tl.constexpr(2.0**-50)
 
 
 @triton.jit
+def inverse(count):
+    """1 / count, to two units in the last place, of float64 counts of 1 and more.
+
+    Newton's steps, as in `inverse_root`: the division that the compiler knows calls a routine for
+    what lies near the ends of the range, and around that call it spills.
+    """
+    result = (1.0 / count.to(tl.float32)).to(tl.float64)
+    for _ in tl.static_range(2):  # from 22 bits to 44 and to all
+        result = tl.fma(result, tl.fma(-count, result, tl.zeros_like(count) + 1.0), result)
+    return result
+
+
+@triton.jit
+def inverse_root(value):
+    """value ** -0.5, to two units in the last place, of normal float64 numbers; infinity of 0.
+
+    Half of the exponent, as an integer, leaves a guess within 3.5 % (C. Lomont 2003, "Fast inverse
+    square root"); each of Newton's steps doubles its digits.
+    """
+    guess = 0x5FE6EB50C7B537A9 - (value.to(tl.int64, bitcast=True) >> 1)
+    result = guess.to(tl.float64, bitcast=True)
+    half = -0.5 * value
+    for _ in tl.static_range(4):
+        result *= tl.fma(half * result, result, tl.zeros_like(value) + 1.5)
+    return tl.where(value == 0.0, float("inf"), result)
+
+
+@triton.jit
 def mean_and_variance(moments, channel, mask, channels):
     """Mean and biased variance, float64 like `channel`, and the count; an empty batch has mean and
     variance 0. Equal values have variance 0, and a NaN stays one.
     """
     count = tl.load(moments + 2 * channels)
-    share = 1.0 / tl.maximum(count, 1.0)
+    share = inverse(tl.maximum(count, 1.0))
     mean = tl.load(moments + channel, mask=mask, other=0.0) * share
     mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) * share
     variance = tl.fma(-mean, mean, mean_of_squares)
