@@ -44,7 +44,7 @@ def grad_input_kernel(
     INDEX: tl.constexpr,
     ALIGNED: tl.constexpr = False,
 ):
-    block, last_tile, tiles = tiles_of_program(
+    block, last, first, end = tiles_of_program(
         tl.program_id(0),
         rows,
         channels,
@@ -56,7 +56,7 @@ def grad_input_kernel(
         INDEX,
     )
     channel, mask, row = channels_of_tile(
-        last_tile,
+        last,
         block,
         channels,
         columns,
@@ -70,7 +70,7 @@ def grad_input_kernel(
     )
     if not CHANNELS_LAST:  # the one block is on its way while coefficients are computed
         offsets, present = locate_output_tile(
-            last_tile,
+            last,
             block,
             rows,
             channels,
@@ -81,7 +81,7 @@ def grad_input_kernel(
             BLOCK_COLUMNS,
             INDEX,
         )
-        present = present & (tiles > 0)
+        present = present & (first < end)
         grad = tl.load(
             grad_output + offsets, mask=present, other=0.0, eviction_policy="evict_first"
         )
@@ -102,10 +102,10 @@ def grad_input_kernel(
     scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
     slope = spread(slope.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
     shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
-    for step in range(0, tiles):
+    for number in range(first, end, splits):
         if CHANNELS_LAST:
             offsets, present = locate_output_tile(
-                last_tile - step * splits,
+                last - number,
                 block,
                 rows,
                 channels,

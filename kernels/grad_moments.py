@@ -79,14 +79,14 @@ def grad_moments_kernel(
 
     grads = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
     products = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
-    for step in range(0, tl.cdiv(tiles - split, splits)):
+    for tile in range(split, tiles, splits):
         valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
         this_grad = tl.where(valid, grad.to(COMPUTE), 0.0)
         normalized = (value.to(COMPUTE) - mean_high) * rstd + offset
         product = tl.where(valid, grad.to(COMPUTE) * normalized, 0.0)
         # The next tile is on its way while this one is added up; after the last one, nothing is.
         offsets, load, begin, end, _number = locate_tile(
-            split + (step + 1) * splits,
+            tile + splits,
             block,
             rows,
             channels,

@@ -70,14 +70,14 @@ def moments_kernel(
     ).to(COMPUTE)
     deviations = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
     squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
-    values = tl.zeros_like(number).to(tl.int64)
-    for step in range(0, tl.cdiv(tiles - split, splits)):
+    values = tl.zeros_like(number).to(INDEX)
+    for tile in range(split, tiles, splits):
         valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
         deviation = tl.where(valid, value.to(COMPUTE) - shift, 0.0)
         values += number
         # The next tile is on its way while this one is added up; after the last one, nothing is.
         offsets, load, begin, end, number = locate_tile(
-            split + (step + 1) * splits,
+            tile + splits,
             block,
             rows,
             channels,

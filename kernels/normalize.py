@@ -111,7 +111,7 @@ def normalize_kernel(
             STATISTICS_BLOCK,
         )
     else:
-        block, last_tile, tiles = tiles_of_program(
+        block, last, first, end = tiles_of_program(
             program,
             rows,
             channels,
@@ -123,7 +123,7 @@ def normalize_kernel(
             INDEX,
         )
         channel, mask, row = channels_of_tile(
-            last_tile,
+            last,
             block,
             channels,
             columns,
@@ -137,7 +137,7 @@ def normalize_kernel(
         )
         if not CHANNELS_LAST:  # the one block is on its way while coefficients are computed
             offsets, present = locate_output_tile(
-                last_tile,
+                last,
                 block,
                 rows,
                 channels,
@@ -148,7 +148,7 @@ def normalize_kernel(
                 BLOCK_COLUMNS,
                 INDEX,
             )
-            present = present & (tiles > 0)
+            present = present & (first < end)
             value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
         mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
         scale = load_parameter(weight, channel, mask, 1.0) * inverse_root(variance + eps)
@@ -158,10 +158,10 @@ def normalize_kernel(
         mean_high = spread(mean_high, row, CHANNELS_LAST, SPAN_ROWS)
         scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
         shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
-        for step in range(0, tiles):
+        for number in range(first, end, splits):
             if CHANNELS_LAST:
                 offsets, present = locate_output_tile(
-                    last_tile - step * splits,
+                    last - number,
                     block,
                     rows,
                     channels,

@@ -23,29 +23,31 @@ def tiles_of_program(
     BLOCK_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """What a program writes: block of channels, first tile, and how many, `splits` apart.
+    """What a program writes: a block of channels, and of it the tiles `last - number` for `number`
+    in range(first, end, splits).
 
-    Tiles are taken from the end of the tensor to its start; flat blocks, from the ends of `splits`
-    equal parts of the tensor to their starts.
+    Tiles are taken from the end of the tensor to its start; flat blocks, of which a program has one
+    or none, from the ends of `splits` equal parts of the tensor to their starts.
     """
     if CHANNELS_LAST:
         blocks = tl.cdiv(channels, BLOCK_COLUMNS)
         block = program % blocks
-        last_tile = tl.cdiv(rows, BLOCK_ROWS) - 1 - program // blocks
-        tiles = last_tile // splits + 1
-        tiles = tl.where(last_tile < 0, 0, tiles)
+        first = program // blocks
+        end = tl.cdiv(rows, BLOCK_ROWS)
+        last = end - 1
     else:
         block = 0
         elements = rows.to(INDEX) * channels * columns
         flat_blocks = tl.cdiv(elements, BLOCK_COLUMNS)
-        last_tile = flat_blocks - 1 - program
+        last = flat_blocks - 1 - program
         if splits > 1:
             step = program.to(tl.uint32) // splits.to(tl.uint32)
             part = program - step.to(tl.int32) * splits
-            last_tile = (splits - part) * tl.cdiv(flat_blocks, splits) - 1 - step.to(tl.int32)
-        tiles = tl.where(last_tile < flat_blocks, 1, 0)
-        last_tile = tl.minimum(last_tile, flat_blocks - 1)
-    return block, last_tile, tiles
+            last = (splits - part) * tl.cdiv(flat_blocks, splits) - 1 - step.to(tl.int32)
+        first = 0
+        end = tl.where(last < flat_blocks, 1, 0)
+        last = tl.minimum(last, flat_blocks - 1)
+    return block, last, first, end
 
 
 @triton.jit
@@ -105,9 +107,7 @@ def locate_output_tile(
     BLOCK_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Offsets and mask of a tile, [BLOCK_ROWS, BLOCK_COLUMNS], or of a flat block, one row. A
-    channels-last tile before the first holds nothing.
-    """
+    """Offsets and mask of a tile, [BLOCK_ROWS, BLOCK_COLUMNS], or of a flat block, one row."""
     if CHANNELS_LAST:
         offsets, mask, _begin, _end, _number = locate_tile(
             tile,
@@ -122,7 +122,6 @@ def locate_output_tile(
             False,
             INDEX,
         )
-        mask = mask & (tile >= 0)
     else:
         lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
         start = tile.to(INDEX) * BLOCK_COLUMNS

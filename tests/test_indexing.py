@@ -67,7 +67,7 @@ def output_block(
     INDEX: tl.constexpr,
 ):
     """What a program that writes a channels-first map writes, and to which channel each belongs."""
-    block, tile, _tiles = output_indexing.tiles_of_program(
+    block, tile, _first, _end = output_indexing.tiles_of_program(
         tl.program_id(0) + program, rows, channels, columns, 1, False, 1, COLUMNS, INDEX
     )
     channel, _mask, row = output_indexing.channels_of_tile(
