@@ -17,7 +17,14 @@ from .output_indexing import (
     spread,
     tiles_of_program,
 )
-from .statistics import cast_down, inverse, inverse_root, load_parameter, mean_and_variance, split_high_low
+from .statistics import (
+    cast_down,
+    inverse,
+    inverse_root,
+    load_parameter,
+    mean_and_variance,
+    split_high_low,
+)
 from .tuned_configs import lookup
 
 

@@ -7,7 +7,7 @@ A tensor of shape (N, C, *spatial), S = product of the spatial sizes, is seen as
 
 Reductions read tiles of [BLOCK_ROWS, BLOCK_COLUMNS]: in channels-last memory rows x channels, in
 channels-first memory samples x positions of one channel. The columns of a tile are consecutive in
-memory. Offsets are of the dtype INDEX: 64-bit where a tensor has about 2**31 elements and more.
+memory. Offsets are of the dtype INDEX: 64-bit where a tensor has 2**30 elements and more.
 """
 
 import functools

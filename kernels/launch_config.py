@@ -24,8 +24,9 @@ START = 2  # what a program costs beside its tiles, in tiles
 MOST_WAVES = 8
 MOST_ROWS_OF_WARP = 64  # that a flat block touches: their coefficients are held in registers
 MULTIPROCESSORS_OF_INTERPRETER = 4  # enough to split reductions, few enough to run in Python
-# From here on offsets do not fit 32 bits; the margin is the end of the last block.
-WIDE_FROM = 2**31 - 2**16
+# From here on offsets are 64-bit. A program asks for one tile more than it has, which may lie as far
+# past the end as the end is far.
+WIDE_FROM = 2**30
 
 
 class LaunchConfig(NamedTuple):
@@ -48,7 +49,7 @@ def compute_dtype(tensor: torch.Tensor) -> tl.dtype:
 
 
 def index_dtype(shape: Geometry) -> tl.dtype:
-    """The dtype of offsets: 64 bits where 32 do not suffice; they take twice the instructions."""
+    """The dtype of offsets: 64 bits where 32 may not suffice; they take twice the instructions."""
     return tl.int64 if shape.values * shape.channels >= WIDE_FROM else tl.int32
 
 
@@ -174,7 +175,7 @@ def output_grid(shape: Geometry, config: LaunchConfig) -> tuple[int, int, int, t
     """
     if shape.channels_last:
         programs = triton.cdiv(shape.channels, config.block_columns) * config.programs
-        return programs, 1, 0, tl.int64  # with 32 bits some variants spill two registers
+        return programs, 1, 0, index_dtype(shape)
     elements = shape.values * shape.channels
     columns = max(shape.columns, 2)
     span_rows = triton.next_power_of_2(triton.cdiv(config.block_columns, columns) + 1)

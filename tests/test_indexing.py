@@ -32,6 +32,7 @@ def reduction_tile(
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    INDEX: tl.constexpr = tl.int64,
 ):
     """What a program of a reduction reads as its tile number `tile`."""
     place, _load, begin, end, _number = indexing.locate_tile(
@@ -45,7 +46,7 @@ def reduction_tile(
         ROWS,
         COLUMNS,
         False,
-        tl.int64,
+        INDEX,
     )
     is_valid = indexing.lanes_between(begin, end, CHANNELS_LAST, VECTOR, COLUMNS, False)
     out = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -106,6 +107,24 @@ def test_the_last_tile_of_a_reduction_is_where_it_should_be(shape, layout, devic
     else:  # the end of the last row, which belongs to the last channel
         assert (found // positions == samples * channels - 1).all()
     assert (np.sort(found) == np.unique(found)).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tile_past_the_end_holds_nothing_in_32_bits(layout, device):
+    """The furthest that a program asks for, of the longest tensor whose offsets are 32-bit."""
+    from triton_syncbn.kernels import launch_config
+
+    rows, tile_rows = launch_config.WIDE_FROM - 1, 64
+    tiles = triton.cdiv(rows, tile_rows)
+    programs = tiles  # no launch has more of them for a channel
+    tile = tiles - 1 + programs
+    offsets = torch.zeros((tile_rows, 1), dtype=torch.int64, device=device)
+    valid = torch.ones((tile_rows, 1), dtype=torch.bool, device=device)
+    reduction_tile[(1,)](
+        *(offsets, valid, tile, 0, rows, 1, 1),
+        *(layout == "channels_last", 1, tile_rows, 1, tl.int32),
+    )
+    assert not valid.any()
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)

@@ -168,13 +168,14 @@ def test_a_config_never_changes_the_result(layout, tile, programs, device):
     assert oracle.relative_error(grad_input, reference.grad_input(*arguments)) <= 1e-6
 
 
-def test_offsets_of_64_bits(device, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offsets_of_64_bits(layout, device, monkeypatch):
     """Blocks of large tensors are addressed with 64 bits; here a small one is, with the same
     result.
     """
     from triton_syncbn.kernels import launch_config
 
-    input = random((3, 5, 9, 6), torch.float32, device)
+    input = random((3, 5, 9, 6), torch.float32, device, layout)
     moments = reference.moments(input)
     sums = torch.ones(10, dtype=torch.float64, device=device)
     results = []
