@@ -24,8 +24,8 @@ START = 2  # what a program costs beside its tiles, in tiles
 MOST_WAVES = 8
 MOST_ROWS_OF_WARP = 64  # that a flat block touches: their coefficients are held in registers
 MULTIPROCESSORS_OF_INTERPRETER = 4  # enough to split reductions, few enough to run in Python
-# From here on offsets are 64-bit. A program asks for one tile more than it has, which may lie as far
-# past the end as the end is far.
+# From here on offsets are 64-bit. A program asks for one tile more than it has, which may lie as
+# far past the end as the end is far.
 WIDE_FROM = 2**30
 
 
