@@ -103,7 +103,7 @@ def grad_input_kernel(
     # dx = (dy - grad_high) * scale + (x - mean_high) * slope + shift
     scale = load_parameter(weight, channel, mask, 1.0) * rstd
     slope = -scale * rstd * product_mean
-    shift = -scale * grad_low.to(tl.float64) - slope * mean_low.to(tl.float64)
+    shift = -scale * grad_low - slope * mean_low
     mean_high = spread(mean_high, row, CHANNELS_LAST, SPAN_ROWS)
     grad_high = spread(grad_high, row, CHANNELS_LAST, SPAN_ROWS)
     scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)

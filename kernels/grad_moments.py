@@ -74,7 +74,7 @@ def grad_moments_kernel(
     mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
     rstd = inverse_root(variance + eps)
     mean_high, mean_low = split_high_low(mean, COMPUTE)
-    offset = (-rstd * mean_low.to(tl.float64)).to(COMPUTE)
+    offset = (-rstd * mean_low).to(COMPUTE)
     rstd = rstd.to(COMPUTE)
 
     grads = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)

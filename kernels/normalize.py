@@ -161,7 +161,7 @@ def normalize_kernel(
         scale = load_parameter(weight, channel, mask, 1.0) * inverse_root(variance + eps)
         mean_high, mean_low = split_high_low(mean, COMPUTE)
         # y = (x - mean_high) * scale + shift
-        shift = load_parameter(bias, channel, mask, 0.0) - scale * mean_low.to(tl.float64)
+        shift = load_parameter(bias, channel, mask, 0.0) - scale * mean_low
         mean_high = spread(mean_high, row, CHANNELS_LAST, SPAN_ROWS)
         scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
         shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)

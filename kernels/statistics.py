@@ -12,8 +12,9 @@ ranks whose inputs differ in layout.
 import triton
 import triton.language as tl
 
-# What rounding leaves of the variance of equal values, in units of mean**2: a few times 2**-53. A
-# computed variance below it says nothing, so it is taken as 0, which for equal values is right.
+# What rounding leaves of the variance of equal values, in units of the mean of squares: a few times
+# 2**-53. A computed variance below it says nothing, so it is taken as 0, which for equal values is
+# right.
 NOISE_OF_VARIANCE = tl.constexpr(2.0**-50)
 
 
@@ -34,15 +35,18 @@ def inverse(count):
 def inverse_root(value):
     """value ** -0.5, to two units in the last place, of normal float64 numbers; infinity of 0.
 
-    Half of the exponent, as an integer, leaves a guess within 3.5 % (C. Lomont 2003, "Fast inverse
-    square root"); each of Newton's steps doubles its digits.
+    value = part * 4**k with part from 0.5 to 2, whose float32 root is the guess; the exponents are
+    moved as integers. Each of Newton's steps doubles the guess's 22 bits.
     """
-    guess = 0x5FE6EB50C7B537A9 - (value.to(tl.int64, bitcast=True) >> 1)
-    result = guess.to(tl.float64, bitcast=True)
+    bits = value.to(tl.int64, bitcast=True)
+    part = (bits >> 29 & 0xFFFFFF | 126 << 23).to(tl.int32).to(tl.float32, bitcast=True)
+    root = tl.rsqrt(part).to(tl.int32, bitcast=True).to(tl.int64) << 29
+    root += 1023 - 127 + 511 - (bits >> 53) << 52
+    result = root.to(tl.float64, bitcast=True)
     half = -0.5 * value
-    for _ in tl.static_range(4):
+    for _ in tl.static_range(2):
         result *= tl.fma(half * result, result, tl.zeros_like(value) + 1.5)
-    return tl.where(value == 0.0, float("inf"), result)
+    return tl.where(bits == 0, float("inf"), result)
 
 
 @triton.jit
@@ -54,15 +58,15 @@ def mean_and_variance(moments, channel, mask, channels):
     share = inverse(tl.maximum(count, 1.0))
     mean = tl.load(moments + channel, mask=mask, other=0.0) * share
     mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) * share
-    variance = tl.fma(-mean, mean, mean_of_squares)
-    return mean, tl.where(variance < mean * mean * NOISE_OF_VARIANCE, 0.0, variance), count
+    variance = -tl.fma(mean, mean, -mean_of_squares)
+    return mean, tl.where(variance < mean_of_squares * NOISE_OF_VARIANCE, 0.0, variance), count
 
 
 @triton.jit
 def split_high_low(value, COMPUTE: tl.constexpr):
-    """Two numbers of the compute dtype that add up to a float64 one."""
+    """A number of the compute dtype, and what it lacks of a float64 one."""
     high = value.to(COMPUTE)
-    return high, (value - high.to(tl.float64)).to(COMPUTE)
+    return high, value - high.to(tl.float64)
 
 
 @triton.jit

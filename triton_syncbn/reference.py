@@ -120,9 +120,9 @@ def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = count.squeeze(0)
     divisor = count.clamp(min=1.0)
     mean = total / divisor
-    square = mean * mean
-    variance = squares / divisor - square
-    return mean, torch.where(variance < NOISE_OF_VARIANCE * square, 0.0, variance), count
+    mean_of_squares = squares / divisor
+    variance = mean_of_squares - mean * mean
+    return mean, torch.where(variance < NOISE_OF_VARIANCE * mean_of_squares, 0.0, variance), count
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
