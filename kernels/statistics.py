@@ -58,7 +58,7 @@ def mean_and_variance(moments, channel, mask, channels):
     share = inverse(tl.maximum(count, 1.0))
     mean = tl.load(moments + channel, mask=mask, other=0.0) * share
     mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) * share
-    variance = -tl.fma(mean, mean, -mean_of_squares)
+    variance = -tl.fma(mean, mean, -mean_of_squares)  # -mean would be one more instruction
     return mean, tl.where(variance < mean_of_squares * NOISE_OF_VARIANCE, 0.0, variance), count
 
 
