@@ -53,11 +53,11 @@ class _GatherFunction(torch.autograd.Function):
             moments,
             weight,
             bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            momentum,
-            eps,
+            running_mean=running_mean,
+            running_var=running_var,
+            num_batches_tracked=num_batches_tracked,
+            momentum=momentum,
+            eps=eps,
         )
 
     @staticmethod

@@ -42,10 +42,12 @@ def compile_kernel(name: str, case: Case, multiprocessors: int, target: GPUTarge
     sums = torch.empty(2 * case.shape[1] + 1, dtype=torch.float64, device="meta")
     counter = torch.empty((), dtype=torch.int64, device="meta")
     config = launch_config.default_config(name, geometry(x), multiprocessors)
-    buffers = (channels, channels, channels, channels, counter, 0.1)
+    buffers = {"running_mean": channels, "running_var": channels, "num_batches_tracked": counter}
     launchers: dict[str, Any] = {
         "moments": lambda: moments.moments(x, config),
-        "normalize": lambda: normalize.normalize(x, sums, *buffers, 1e-5, config),
+        "normalize": lambda: normalize.normalize(
+            x, sums, channels, channels, **buffers, momentum=0.1, eps=1e-5, config=config
+        ),
         "grad_moments": lambda: grad_moments.grad_moments(
             x, x, sums, torch.float32, torch.float32, 1e-5, config
         ),

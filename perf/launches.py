@@ -52,9 +52,7 @@ class KernelOfLayer:
             return self.sums, sizes.norm()
         if self.kernel == "normalize":
             weight, bias = self.weight.double(), self.bias.double()
-            expected = reference.normalize(
-                x, self.moments, weight, bias, None, None, None, 0.1, EPS
-            )
+            expected = reference.normalize(x, self.moments, weight, bias, eps=EPS)
         else:
             expected = reference.grad_input(
                 dy, x, self.moments, self.sums, self.weight.double(), EPS
@@ -69,8 +67,18 @@ class KernelOfLayer:
         if self.kernel == "grad_moments":
             return grad_moments(self.dy, self.x, self.moments, dtype, dtype, EPS, config)[0]
         if self.kernel == "normalize":
-            buffers = (self.mean, self.variance, self.counter, 0.1, EPS)
-            return normalize(self.x, self.moments, self.weight, self.bias, *buffers, config)
+            return normalize(
+                self.x,
+                self.moments,
+                self.weight,
+                self.bias,
+                running_mean=self.mean,
+                running_var=self.variance,
+                num_batches_tracked=self.counter,
+                momentum=0.1,
+                eps=EPS,
+                config=config,
+            )
         return grad_input(self.dy, self.x, self.moments, self.sums, self.weight, EPS, config)
 
     def error_over_tolerance(self, config: LaunchConfig) -> float:

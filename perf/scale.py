@@ -95,7 +95,14 @@ def all_reduce_finish(channels: int, device: torch.device) -> Callable[[], objec
     input = torch.zeros(1, channels, device=device)
     running_mean, running_var = torch.zeros_like(input[0]), torch.ones_like(input[0])
     return lambda: ops.normalize(
-        input, moments, None, None, running_mean, running_var, None, MOMENTUM, EPS
+        input,
+        moments,
+        None,
+        None,
+        running_mean=running_mean,
+        running_var=running_var,
+        momentum=MOMENTUM,
+        eps=EPS,
     )
 
 

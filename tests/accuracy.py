@@ -222,7 +222,13 @@ def train_steps(implementation: str, case: Case, copies: float = 1) -> oracle.Re
         mean, variance = torch.zeros((2, input.shape[1])).unbind()
         affine = case.weight, case.bias
         output = step("normalize")(
-            input, moments, *affine, mean, variance, None, MOMENTUM, case.eps
+            input,
+            moments,
+            *affine,
+            running_mean=mean,
+            running_var=variance,
+            momentum=MOMENTUM,
+            eps=case.eps,
         )
         grad_input = step("grad_input")(grad, input, moments, sums, case.weight, case.eps)
         results.append(oracle.Result(output, grad_input, running_mean=mean, running_var=variance))

@@ -170,7 +170,15 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, layout: str, flags: F
     counter = torch.empty((), dtype=torch.int64, device="meta") if flags.counter else None
     moments = launcher("moments")(input)
     launcher("normalize")(
-        input, moments, weight, bias, mean, variance, counter, flags.momentum, 1e-5
+        input,
+        moments,
+        weight,
+        bias,
+        running_mean=mean,
+        running_var=variance,
+        num_batches_tracked=counter,
+        momentum=flags.momentum,
+        eps=1e-5,
     )
     sums, *_ = launcher("grad_moments")(input, input, moments, flags.weight, flags.bias, 1e-5)
     launcher("grad_input")(input, input, moments, sums, weight, 1e-5)

@@ -94,14 +94,23 @@ def measure(name, shape, layout, dtype, config_name) -> Traffic:
     sums = reference.grad_moments(dy, x, moments, None, None, 1e-5)[0]
     seen = geometry(x)
     config = make_config(config_name, name, seen, dtype)
+    settings = {"config": config}
+    if name == "normalize":
+        settings |= {
+            "running_mean": running_mean,
+            "running_var": running_var,
+            "num_batches_tracked": counter,
+            "momentum": 0.1,
+            "eps": 1e-5,
+        }
     arguments = {
         "moments": (x,),
-        "normalize": (x, moments, weight, bias, running_mean, running_var, counter, 0.1, 1e-5),
+        "normalize": (x, moments, weight, bias),
         "grad_moments": (dy, x, moments, weight.dtype, bias.dtype, 1e-5),
         "grad_input": (dy, x, moments, sums, weight, 1e-5),
     }[name]
     with interpreter.metered() as meter:
-        output = kernel(name, device)(*arguments, config)
+        output = kernel(name, device)(*arguments, **settings)
 
     maps = {"x": x} if name in ("moments", "normalize") else {"x": x, "dy": dy}
     loads = {label: meter.counts("load", tensor) for label, tensor in maps.items()}

@@ -50,7 +50,15 @@ def run_steps(step, input, grad_output, weight, bias, momentum=0.1, eps=1e-5):
     counter = torch.tensor(0, device=input.device)
     moments = step("moments")(input)
     output = step("normalize")(
-        input, moments, weight, bias, running_mean, running_var, counter, momentum, eps
+        input,
+        moments,
+        weight,
+        bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=counter,
+        momentum=momentum,
+        eps=eps,
     )
     sums, grad_weight, grad_bias = step("grad_moments")(
         grad_output, input, moments, weight.dtype, bias.dtype, eps
@@ -157,9 +165,9 @@ def test_a_config_never_changes_the_result(layout, tile, programs, device):
     assert moments.shape == (2 * shape[1] + 1,)
     assert moments.dtype == torch.float64
     assert oracle.relative_error(moments, reference.moments(input)) <= 1e-6
-    arguments = input, moments, None, None, None, None, None, 0.1, 1e-5
-    output = kernel("normalize", device)(*arguments, writing)
-    assert oracle.relative_error(output, reference.normalize(*arguments)) <= 1e-6
+    arguments = input, moments, None, None
+    output = kernel("normalize", device)(*arguments, eps=1e-5, config=writing)
+    assert oracle.relative_error(output, reference.normalize(*arguments, eps=1e-5)) <= 1e-6
     arguments = grad_output, input, moments, None, None, 1e-5
     sums, *_ = kernel("grad_moments", device)(*arguments, tiled)
     assert oracle.relative_error(sums, reference.grad_moments(*arguments)[0]) <= SUM_TOLERANCE
@@ -182,8 +190,7 @@ def test_offsets_of_64_bits(layout, device, monkeypatch):
     for threshold in (launch_config.WIDE_FROM, 0):
         monkeypatch.setattr(launch_config, "WIDE_FROM", threshold)
         launch_config.output_grid.cache_clear()
-        buffers = [None] * 5
-        output = kernel("normalize", device)(input, moments, *buffers, 0.1, 1e-5)
+        output = kernel("normalize", device)(input, moments, None, None, eps=1e-5)
         grad_input = kernel("grad_input", device)(input, input, moments, sums, None, 1e-5)
         results.append((output, grad_input))
     launch_config.output_grid.cache_clear()
@@ -250,7 +257,8 @@ def test_buffers_of_low_precision_are_updated_in_float64(device):
         mean, variance = (
             torch.full((4,), value, dtype=dtype, device=device) for value in (0.0, 1.0)
         )
-        kernel("normalize", device)(input, moments, None, None, mean, variance, None, 0.25, 1e-5)
+        buffers = {"running_mean": mean, "running_var": variance}
+        kernel("normalize", device)(input, moments, None, None, **buffers, momentum=0.25, eps=1e-5)
         expected = 0.25 * input.double().mean((0, 2))
         assert oracle.error_in_ulp(mean.cpu(), expected.cpu()) <= (
             0.51 if dtype != torch.float64 else 2**30
@@ -263,7 +271,6 @@ def test_counts_beyond_32_bits(device):
     moments = kernel("moments", device)(input)
     scaled = moments * (2**33 / moments[-1])
     outputs = [
-        kernel("normalize", device)(input, m, None, None, None, None, None, 0.1, 1e-5)
-        for m in (moments, scaled)
+        kernel("normalize", device)(input, m, None, None, eps=1e-5) for m in (moments, scaled)
     ]
     assert torch.equal(*outputs)

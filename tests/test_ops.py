@@ -12,14 +12,25 @@ def arguments(layout=torch.contiguous_format, dtype=torch.float32):
     input = torch.randn(2, 3, 4, 5, dtype=dtype).to(memory_format=layout)
     grad_output = torch.randn_like(input)
     moments = ops.moments(input)
-    weight, bias, mean, variance = torch.rand(4, 3)
-    counter = torch.tensor(0)
+    weight, bias = torch.rand(2, 3)
     sums, *_ = ops.grad_moments(grad_output, input, moments, torch.float32, None, 1e-5)
     return {
         "moments": (input,),
-        "normalize": (input, moments, weight, bias, mean, variance, counter, None, 1e-5),
+        "normalize": (input, moments, weight, bias),
         "grad_moments": (grad_output, input, moments, torch.float32, torch.float64, 1e-5),
         "grad_input": (grad_output, input, moments, sums, weight, 1e-5),
+    }
+
+
+def settings(name):
+    if name != "normalize":
+        return {}
+    return {
+        "running_mean": torch.rand(3),
+        "running_var": torch.rand(3),
+        "num_batches_tracked": torch.tensor(0),
+        "momentum": None,
+        "eps": 1e-5,
     }
 
 
@@ -28,7 +39,7 @@ def arguments(layout=torch.contiguous_format, dtype=torch.float32):
 @pytest.mark.parametrize("name", ["moments", "normalize", "grad_moments", "grad_input"])
 def test_schema_and_shapes_hold(name, layout):
     for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(getattr(ops, name), arguments(layout, dtype)[name])
+        torch.library.opcheck(getattr(ops, name), arguments(layout, dtype)[name], settings(name))
 
 
 @pytest.mark.parametrize("name", ["moments", "normalize", "grad_moments", "grad_input"])
@@ -38,10 +49,14 @@ def test_shapes_of_strided_input(name):
     for index, value in enumerate(values):
         if isinstance(value, torch.Tensor) and value.dim() == 4:
             values[index] = torch.randn(2, 6, 4, 5)[:, ::2]
-    real = getattr(ops, name)(*values)
+    real = getattr(ops, name)(*values, **settings(name))
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values]
-        fake = getattr(ops, name)(*fakes)
+        buffers = {
+            key: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+            for key, v in settings(name).items()
+        }
+        fake = getattr(ops, name)(*fakes, **buffers)
     for one, other in zip(
         *((r if isinstance(r, tuple) else (r,)) for r in (real, fake)), strict=True
     ):

@@ -80,12 +80,11 @@ def test_a_writer_starts_where_the_reduction_ended(shape, layout, reading, writi
     device = torch.device("cpu")
     x = random(shape, torch.float32, device, layout)
     sums = reference.moments(x)
-    buffers = (None, None, None, None, None, 0.1, 1e-5)
     read = times_of_reading(
         lambda config: kernel("moments", device)(x, config), x, reading, SLOTS, monkeypatch
     )
     written = times_of_reading(
-        lambda config: kernel("normalize", device)(x, sums, *buffers, config),
+        lambda config: kernel("normalize", device)(x, sums, None, None, eps=1e-5, config=config),
         *(x, writing, SLOTS, monkeypatch),
     )
     assert np.corrcoef(read, written)[0, 1] <= -0.85

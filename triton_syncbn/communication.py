@@ -46,7 +46,7 @@ class debug:
         _checking = self.previous
 
 
-def all_reduce(sums: Tensor, group: Any, layer: str, pass_name: str) -> None:
+def all_reduce(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> None:
     """Add up a float64 tensor over the ranks of a group, in place.
 
     Raises RuntimeError with the name of the layer where the group reports an error: a rank that
@@ -56,22 +56,23 @@ def all_reduce(sums: Tensor, group: Any, layer: str, pass_name: str) -> None:
         dist.all_reduce(sums, group=group)
         return
     try:
-        agreed = _all_reduce_checked(sums, group, layer, pass_name) if _checking else None
+        agreed = _all_reduce_checked(sums, group, layer_name, pass_name) if _checking else None
         if agreed is None:
             dist.all_reduce(sums, group=group)
     except RuntimeError as error:
         raise RuntimeError(
-            f"SyncBN layer {layer!r}: the all_reduce of its {pass_name} failed: {error}"
+            f"SyncBN layer {layer_name!r}: the all_reduce of its {pass_name} failed: {error}"
         ) from error
     if agreed is False:
+        call = f"its {pass_name}, call {_calls[group.group_name]} of this rank"
         raise RuntimeError(
-            f"SyncBN layer {layer!r}: in its {pass_name}, call {_calls[group.group_name]} of this "
-            "rank, other ranks are in another layer or another call. Does every rank use the same "
-            "layers in the same order, all of them in training mode?"
+            f"SyncBN layer {layer_name!r}: in {call}, other ranks are in another layer or another "
+            "call. Does every rank use the same layers in the same order, all of them in training "
+            "mode?"
         )
 
 
-def _all_reduce_checked(sums: Tensor, group: Any, layer: str, pass_name: str) -> bool:
+def _all_reduce_checked(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> bool:
     """All-reduce sums together with a fingerprint; whether that of all ranks is the same.
 
     The fingerprint is two integers of 20 bits, sent with their squares. Numbers a whose sum is
@@ -79,7 +80,7 @@ def _all_reduce_checked(sums: Tensor, group: Any, layer: str, pass_name: str) ->
     4096 ranks these sums are exact in float64.
     """
     _calls[group.group_name] += 1
-    call = f"{layer}|{pass_name}|{_calls[group.group_name]}|{sums.numel()}"
+    call = f"{layer_name}|{pass_name}|{_calls[group.group_name]}|{sums.numel()}"
     digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=5).digest())
     one, two = digest >> 20, digest & 0xFFFFF
     mine = torch.tensor([one, one**2, two, two**2], dtype=torch.float64)

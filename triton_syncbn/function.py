@@ -29,28 +29,28 @@ class SyncBatchNormFunction(torch.autograd.Function):
         momentum: float | None,
         eps: float,
         group: Any,
-        layer: str,
+        layer_name: str,
     ) -> Tensor:
-        """Normalize (N, C, *spatial), unchecked; `layer` is its name in errors."""
+        """Normalize (N, C, *spatial), unchecked; `layer_name` stands in errors."""
         moments = ops.moments(input)
         if group is not None:
-            all_reduce(moments, group, layer, "forward")
+            all_reduce(moments, group, layer_name, "forward")
         # The running buffers are not saved: they change before backward if the layer runs twice.
         ctx.save_for_backward(input, weight, moments)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.eps = eps
         ctx.group = group
-        ctx.layer = layer
+        ctx.layer_name = layer_name
         return ops.normalize(
             input,
             moments,
             weight,
             bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            momentum,
-            eps,
+            running_mean=running_mean,
+            running_var=running_var,
+            num_batches_tracked=num_batches_tracked,
+            momentum=momentum,
+            eps=eps,
         )
 
     @staticmethod
@@ -60,7 +60,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _differentiable_gradients(
-                grad_output, input, weight, moments[-1], ctx.eps, ctx.group, ctx.layer
+                grad_output, input, weight, moments[-1], ctx.eps, ctx.group, ctx.layer_name
             )
             dtypes = (input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype)
             needed = (needs_input, needs_weight, needs_bias)
@@ -79,7 +79,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         grad_input = None
         if needs_input:
             if ctx.group is not None:
-                all_reduce(grad_moments, ctx.group, ctx.layer, "backward")
+                all_reduce(grad_moments, ctx.group, ctx.layer_name, "backward")
             grad_input = ops.grad_input(grad_output, input, moments, grad_moments, weight, ctx.eps)
         return (
             grad_input,
@@ -93,16 +93,20 @@ class _DifferentiableAllReduce(torch.autograd.Function):
     """Sum over the ranks, whose gradient is the sum of the gradients over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, group: Any, layer: str) -> Tensor:
+    def forward(ctx: Any, sums: Tensor, group: Any, layer_name: str) -> Tensor:
         ctx.group = group
-        ctx.layer = layer
+        ctx.layer_name = layer_name
         total = sums.clone()
-        all_reduce(total, group, layer, "backward")
+        all_reduce(total, group, layer_name, "backward")
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _DifferentiableAllReduce.apply(grad.contiguous(), ctx.group, ctx.layer), None, None
+        return (
+            _DifferentiableAllReduce.apply(grad.contiguous(), ctx.group, ctx.layer_name),
+            None,
+            None,
+        )
 
 
 def _differentiable_gradients(
@@ -112,7 +116,7 @@ def _differentiable_gradients(
     count: Tensor,
     eps: float,
     group: Any,
-    layer: str,
+    layer_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias as a function that torch can differentiate again.
 
@@ -130,7 +134,7 @@ def _differentiable_gradients(
         ]
     )
     if group is not None:
-        sums = _DifferentiableAllReduce.apply(sums, group, layer)
+        sums = _DifferentiableAllReduce.apply(sums, group, layer_name)
     mean, mean_square, grad_mean, product_mean = (sums / count.clamp(min=1.0)).unbind()
     rstd = ((mean_square - mean * mean).clamp(min=0.0) + eps).rsqrt()
     projection = (product_mean - mean * grad_mean) * rstd

@@ -26,7 +26,7 @@ def sync_batch_norm(
     *,
     num_batches_tracked: Tensor | None = None,
     process_group: Any = None,
-    layer: str = "",
+    layer_name: str = "",
 ) -> Tensor:
     """Batch normalization (Ioffe and Szegedy 2015) with the mean and variance of the samples of all
     ranks.
@@ -53,7 +53,7 @@ def sync_batch_norm(
         num_batches_tracked: int64 scalar, incremented in training, on the device; an empty global
             batch does not count.
         process_group: the ranks to synchronize; None for all of them.
-        layer: the name of the layer in errors of its communication.
+        layer_name: the name of the layer in errors of its communication.
 
     Returns:
         Shape and dtype of the input, and its memory layout where that was dense.
@@ -93,7 +93,7 @@ def sync_batch_norm(
         momentum,
         eps,
         group,
-        layer,
+        layer_name,
     )
 
 

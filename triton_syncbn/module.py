@@ -94,7 +94,7 @@ class SyncBN(_BatchNorm):
             num_batches_tracked=self.num_batches_tracked if track else None,
             process_group=self.process_group,
             # a name read in a graph would be compiled into it, and layers could not share the graph
-            layer="" if torch.compiler.is_compiling() else self.layer_name,
+            layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
 
     def extra_repr(self) -> str:

@@ -22,9 +22,9 @@ from . import reference
 _SCHEMAS = {
     "moments": "(Tensor input) -> Tensor",
     "normalize": (
-        "(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, "
-        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-        "float? momentum, float eps) -> Tensor"
+        "(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, "
+        "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
+        "Tensor(c!)? num_batches_tracked=None, float? momentum=None, float eps) -> Tensor"
     ),
     "grad_moments": (
         "(Tensor grad_output, Tensor input, Tensor moments, ScalarType? weight_dtype, "
@@ -91,9 +91,9 @@ def _moments(input: Tensor) -> Tensor:
         return _step("moments", input.device.type)(dense(input))
 
 
-def _normalize(input: Tensor, *arguments: Any) -> Tensor:
+def _normalize(input: Tensor, *arguments: Any, **buffers: Any) -> Tensor:
     with _on(input.device):
-        return _step("normalize", input.device.type)(dense(input), *arguments)
+        return _step("normalize", input.device.type)(dense(input), *arguments, **buffers)
 
 
 def _grad_moments(
@@ -118,7 +118,7 @@ def _moments_shape(input: Tensor) -> Tensor:
     return input.new_empty(2 * input.shape[1] + 1, dtype=torch.float64)
 
 
-def _normalize_shape(input: Tensor, *arguments: Any) -> Tensor:
+def _normalize_shape(input: Tensor, *arguments: Any, **buffers: Any) -> Tensor:
     return torch.empty_like(dense(input))
 
 

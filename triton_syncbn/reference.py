@@ -38,10 +38,11 @@ def normalize(
     moments: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = None,
     eps: float,
 ) -> Tensor:
     """Normalize with the global moments; update the running statistics in place unless the global
