@@ -5,8 +5,9 @@ import sys
 
 import pandas as pd
 import triton
-from candidates import KERNELS, empty_input
-from cases import DTYPES, LAYOUTS, read_cases, suites
+from compiler.targets import GPUS
+from layers.cases import DTYPES, LAYOUTS, read_cases, suites
+from layers.steps import KERNELS
 from triton_syncbn.kernels.indexing import geometry
 from triton_syncbn.kernels.launch_config import (
     WRITERS,
@@ -15,17 +16,6 @@ from triton_syncbn.kernels.launch_config import (
     reduction_blocks,
     slots,
 )
-
-# Multiprocessors (compute units), from the data sheets of their makers.
-GPUS = {
-    "A100": 108,
-    "H100": 132,
-    "H200": 132,
-    "L4": 58,
-    "RTX 4090": 128,
-    "B200": 148,
-    "MI300X": 304,
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = []
     for case in read_cases(suites(), options.dtype, options.layout):
-        shape = geometry(empty_input(case))
+        shape = geometry(case.without_memory())
         for name in options.kernel:
             row = {
                 "layer": case.layer,

@@ -1,0 +1,56 @@
+"""How exact a training step is, on hard data: writes tests/ACCURACY.md, or with --examples draws so
+many batches and stops at one that is not exact.
+
+Kernels run in Triton's interpreter, on any machine.
+"""
+
+import argparse
+import os
+import sys
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+import hypothesis
+import torch
+from machine.environment import ROOT
+from numerics.errors import faults
+from numerics.examples import Example, drawn_examples
+from numerics.interpreter import round_to_nearest_bfloat16
+from numerics.table import accuracy_table
+from numerics.training import train_steps
+
+
+def sweep(count: int) -> None:
+    """Draw examples and check both implementations."""
+
+    @hypothesis.settings(max_examples=count, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(drawn_examples())
+    def check(example: Example) -> None:
+        for implementation in ("kernels", "reference"):
+            found = faults(example, train_steps(implementation, example))
+            assert not found, f"{implementation}: {found}"
+
+    check()
+    print(f"{count} examples: all exact")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the table, or check what is drawn."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--examples", type=int, help="check so many, write nothing")
+    parser.add_argument("--seeds", type=int, default=5, help="batches of each row of the table")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    round_to_nearest_bfloat16()
+    if options.examples:
+        sweep(options.examples)
+    else:
+        (ROOT / "tests" / "ACCURACY.md").write_text(accuracy_table(options.seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
