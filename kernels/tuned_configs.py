@@ -127,11 +127,11 @@ def read_configs(file: pathlib.Path, name: str) -> dict[str, LaunchConfig]:
         entries = content["entries"].items()
         configs = {key: LaunchConfig(**entry["config"]) for key, entry in entries}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file}: expected a file that perf/tune.py has written: {what}") from error
+        what = f"expected what perf/tune.py writes: {type(error).__name__}: {error}"
+        raise ValueError(f"{file}: {what}") from error
     if found != (SCHEMA, name):
         raise ValueError(f"{file}: expected schema and device {(SCHEMA, name)}, got {found}")
     for key, config in configs.items():
         if any(type(value) is not int or value < 1 for value in config):
-            raise ValueError(f"{file}: entry {key!r}: expected integers of at least 1, got {config}")
+            raise ValueError(f"{file}: {key!r}: expected integers of at least 1, got {config}")
     return configs

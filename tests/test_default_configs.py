@@ -3,8 +3,7 @@
 import math
 
 import pytest
-from candidates import empty_input
-from cases import read_cases, suites
+from layers.cases import read_cases, suites
 
 pytest.importorskip("triton")
 
@@ -18,7 +17,8 @@ from triton_syncbn.kernels.launch_config import (
     output_grid,
     reduction_blocks,
 )
-from triton_syncbn.kernels.tuned_configs import bucket_of, check_config
+from triton_syncbn.kernels.tuned_configs import bucket_of
+from tuning.config_check import check_config
 
 GPUS = {  # multiprocessors
     "A100": 108,
@@ -32,7 +32,7 @@ GPUS = {  # multiprocessors
 }
 DTYPES = ["bf16", "fp32", "fp64"]
 CASES = read_cases(suites(), DTYPES, ["channels_first", "channels_last"])
-SEEN = [(case, geometry(empty_input(case))) for case in CASES]
+SEEN = [(case, geometry(case.without_memory())) for case in CASES]
 
 
 def programs_of(name, shape, config):
@@ -67,7 +67,7 @@ def test_a_default_fits_all_shapes_that_it_may_meet(name, gpu):
     """
     for case, shape in SEEN:
         config = default_config(name, shape, GPUS[gpu])
-        check_config(bucket_of(name, shape, empty_input(case).dtype), config)
+        check_config(bucket_of(name, shape, case.without_memory().dtype), config)
         tile = config.block_rows * config.block_columns
         assert tile <= 128 * max(shape.vector, 4) * launch_config.VECTORS_OF_THREAD
         if name in REDUCTIONS or shape.channels_last:

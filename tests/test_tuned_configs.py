@@ -22,6 +22,8 @@ from triton_syncbn.kernels import launch_config, tuned_configs
 from triton_syncbn.kernels.indexing import Geometry, geometry
 from triton_syncbn.kernels.launch_config import LaunchConfig, default_config
 from triton_syncbn.kernels.tuned_configs import Bucket, bucket_of, config_source, lookup
+from tuning import config_file
+from tuning.config_check import check_content
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GPUS = ["NVIDIA H200", "NVIDIA L4"]
@@ -204,12 +206,19 @@ SHORT_ROWS = Bucket("moments", "channels_first", 2, 8, 11, 5, 6)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected JSON"),
-        ("[]", "expected an object with"),
-        (json.dumps({"schema": 1}), "expected an object with"),
-        (json.dumps(content({}, schema=2)), "schema: expected 1, got 2"),
-        (json.dumps(content({}, device="NVIDIA L4")), "device: expected 'NVIDIA H200', got 'NVI"),
-        (json.dumps({**content({}), "entries": []}), "entries: expected an object"),
+        ("{", "expected what perf/tune.py writes: JSONDecodeError"),
+        ("[]", "expected what perf/tune.py writes: TypeError"),
+        (json.dumps({"schema": 1}), "expected what perf/tune.py writes: KeyError"),
+        (json.dumps({**content({}), "entries": []}), "AttributeError: 'list'"),
+        (json.dumps(content({"moments": []})), "expected what perf/tune.py writes"),
+        (json.dumps(content({"moments": {"config": {"block_rows": 1}}})), "missing 3 required"),
+        (json.dumps(content({}, schema=2)), r"expected schema and device \(1, .*, got \(2, "),
+        (json.dumps(content({}, device="NVIDIA L4")), "'NVIDIA H200'.*got .*'NVIDIA L4'"),
+        (
+            json.dumps(content({"moments": entry(TUNED._replace(programs=0))})),
+            "'moments': expected int",
+        ),
+        (json.dumps(content({"moments": entry(TUNED._replace(num_warps="4"))})), "integers"),
     ],
 )
 def test_a_malformed_file_is_an_error_that_names_it(text, message, shipped):
@@ -247,12 +256,35 @@ def test_a_malformed_file_is_an_error_that_names_it(text, message, shipped):
         (LAST, entry(LaunchConfig(1, 2048, 1, 4)), "block_columns: expected at most 1024 channels"),
     ],
 )
-def test_a_malformed_entry_is_an_error_that_names_file_and_entry(key, value, message, shipped):
-    write(shipped, {KEY: entry(), key: value})
+def test_an_entry_that_does_not_suit_its_bucket_is_an_error_that_names_it(key, value, message):
+    """Before it is written, and where it is shipped."""
     with pytest.raises(ValueError, match=message) as error:
-        find()
-    assert "NVIDIA_H200.json" in str(error.value)
+        check_content(content({KEY: entry(), key: value}))
     assert f"entry {str(key)!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "expected an object with"),
+        ({"schema": 1}, "expected an object with"),
+        (content({}, schema=2), "schema: expected 1, got 2"),
+        ({**content({}), "entries": []}, "entries: expected an object"),
+    ],
+    ids=["list", "keys", "schema", "entries"],
+)
+def test_what_is_no_file_of_configs_is_an_error(value, message):
+    with pytest.raises(ValueError, match=message):
+        check_content(value)
+
+
+def test_a_file_that_would_be_refused_is_not_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(config_file, "FOLDER", tmp_path)
+    file = config_file.ConfigFile(GPUS[0], "sm90")
+    file.content["entries"][str(KEY)] = entry(TUNED._replace(num_warps=3))
+    with pytest.raises(ValueError, match="num_warps: expected a power of two, got 3"):
+        file.write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_tiles_of_several_rows_hold_every_row_of_their_bucket(shipped):
@@ -327,9 +359,10 @@ def test_shipped_files_are_well_formed():
     if not files:
         pytest.skip("no GPU has been tuned yet")
     for file in files:
-        name = json.loads(file.read_text())["device"]
-        assert file.name == tuned_configs.file_name(name)
-        assert tuned_configs.read_configs(file, name)
+        content = json.loads(file.read_text())
+        check_content(content)
+        assert file.name == tuned_configs.file_name(content["device"])
+        assert tuned_configs.read_configs(file, content["device"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

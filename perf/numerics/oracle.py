@@ -49,8 +49,8 @@ def batch_norm(
     variance = torch.ones_like(mean)
     output = F.batch_norm(leaves[0], mean, variance, leaves[1], leaves[2], True, momentum, eps)
     output.backward(grad_output.double())
-    grads = [None if leaf is None else leaf.grad for leaf in leaves]
-    return Result(output.detach(), *grads, running_mean=mean, running_var=variance)
+    grad_input, grad_weight, grad_bias = (None if leaf is None else leaf.grad for leaf in leaves)
+    return Result(output.detach(), grad_input, grad_weight, grad_bias, mean, variance)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
