@@ -139,6 +139,16 @@ def test_first_batch_of_an_average_keeps_its_digits(step):
     input = examples.make_example(std=1e-6).input
     mean, variance = torch.zeros(4), torch.ones(4)
     counter = torch.tensor(0)
-    step(input, reference.moments(input), None, None, mean, variance, counter, None, 1e-5)
+    step(
+        input,
+        reference.moments(input),
+        None,
+        None,
+        running_mean=mean,
+        running_var=variance,
+        num_batches_tracked=counter,
+        momentum=None,
+        eps=1e-5,
+    )
     expected = input.double().transpose(0, 1).flatten(1).var(1)
     assert oracle.relative_error(variance, expected) <= NOISE

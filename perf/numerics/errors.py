@@ -127,10 +127,8 @@ def faults_in_half(example: Example, ours: Result, exact: Result, scale: Scale) 
     cancels: then by more than 1e-6 of the largest of its terms in the channel.
     """
     others = [0, *range(2, example.input.dim())]
-    bias = torch.zeros(1) if example.bias is None else example.bias
-    offset = per_channel(bias.double().expand(example.input.shape[1]), example).expand_as(
-        exact.output
-    )
+    bias = torch.zeros(example.input.shape[1]) if example.bias is None else example.bias
+    offset = per_channel(bias.double(), example)
     terms = torch.maximum((exact.output - offset).abs(), offset.abs())
     found = []
     for name, largest in (("output", terms), ("grad_input", scale.grad_terms.abs())):
@@ -138,8 +136,9 @@ def faults_in_half(example: Example, ours: Result, exact: Result, scale: Scale) 
         rounded = getattr(exact, name).to(actual.dtype)
         same = actual == rounded  # and both may be beyond the largest half-precision number
         actual, rounded = (torch.where(same, 0.0, tensor) for tensor in (actual, rounded))
-        negligible = (1e-6 + scale.lost) * largest.amax(others, keepdim=True)
-        units = oracle.error_in_ulp(actual, rounded.double(), negligible)
+        largest = largest.amax(others, keepdim=True)
+        largest = torch.where(largest > 0.0, largest, 1.0)  # equal values, no bias: one deviation
+        units = oracle.error_in_ulp(actual, rounded.double(), (1e-6 + scale.lost) * largest)
         if not units <= 1.0:
             found.append(f"{name}: {units:.1f} units in the last place")
     return found
