@@ -20,12 +20,12 @@ import torch
 from . import launch_config
 from .indexing import Geometry, span_of_row
 from .launch_config import (
-    MOST_PROGRAMS,
+    MOST_SPLITS,
     REDUCTIONS,
     WRITERS,
     LaunchConfig,
     default_config,
-    fit_programs,
+    fit_splits,
 )
 
 SCHEMA = 1
@@ -96,7 +96,7 @@ def lookup(kernel: str, shape: Geometry, dtype: torch.dtype, device: torch.devic
     config = configs.get(bucket_of(kernel, shape, dtype))
     if config is None:
         return default_config(kernel, shape, launch_config.multiprocessors(device))
-    return fit_programs(kernel, shape, config)
+    return fit_splits(kernel, shape, config)
 
 
 def config_source(device: torch.device) -> str:
@@ -195,7 +195,7 @@ def check_config(bucket: Bucket, config: LaunchConfig) -> None:
             raise ValueError(f"config: {field}: expected a power of two, got {value}")
     for what, value, most in (
         ("num_warps", config.num_warps, MOST_WARPS),
-        ("programs", config.programs, MOST_PROGRAMS),
+        ("splits", config.splits, MOST_SPLITS),
         ("block_rows x block_columns", tile, MOST_ELEMENTS),
     ):
         if value > most:
