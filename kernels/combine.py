@@ -1,4 +1,4 @@
-"""Add up the sums of programs that part a channel, in the same launch and in a fixed order."""
+"""Add up the sums of programs that share a channel, in the same launch and in a fixed order."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class Part(NamedTuple):
 
 @triton.jit
 def part_of_program(splits):
-    """Programs that part a block of channels are numbered one after the other."""
+    """Programs that share a block of channels are numbered one after the other."""
     return Part(tl.program_id(0) // splits, tl.program_id(0) % splits, splits)
 
 
