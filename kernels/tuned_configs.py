@@ -20,7 +20,7 @@ import torch
 
 from . import launch_config
 from .indexing import Geometry, span_of_row
-from .launch_config import LaunchConfig, default_config, fit_programs
+from .launch_config import LaunchConfig, default_config, fit_splits
 
 SCHEMA = 1
 VARIABLE = "TRITON_SYNCBN_CONFIG_DIR"
@@ -78,7 +78,7 @@ def lookup(kernel: str, shape: Geometry, dtype: torch.dtype, device: torch.devic
     config = configs.get(str(bucket_of(kernel, shape, dtype)))
     if config is None:
         return default_config(kernel, shape, launch_config.multiprocessors(device))
-    return fit_programs(kernel, shape, config)
+    return fit_splits(kernel, shape, config)
 
 
 def config_source(device: torch.device) -> str:

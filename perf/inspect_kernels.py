@@ -42,7 +42,7 @@ def account(name: str, case: Case, multiprocessors: int, target: GPUTarget) -> d
         "dtype": case.dtype,
         "layout": case.layout,
         "tile": f"{config.block_rows}x{config.block_columns}",
-        "programs": config.programs,
+        "splits": config.splits,
         **resources._asdict(),
         "in_flight": loads_in_flight(counted, loop is not None),
         "accesses": " ".join(f"{k}x{n}" for k, n in sorted(widths.items())),

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
                 programs = (
                     output_grid(shape, config)[0]
                     if name in WRITERS
-                    else reduction_blocks(shape, config) * config.programs
+                    else reduction_blocks(shape, config) * config.splits
                 )
                 available = slots(name, shape, config, GPUS[gpu])
                 row[gpu] = (

@@ -38,7 +38,7 @@ SEEN = [(case, geometry(case.without_memory())) for case in CASES]
 def programs_of(name, shape, config):
     if name in WRITERS:
         return output_grid(shape, config)[0]
-    return reduction_blocks(shape, config) * config.programs
+    return reduction_blocks(shape, config) * config.splits
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -72,9 +72,9 @@ def test_a_default_fits_all_shapes_that_it_may_meet(name, gpu):
         assert tile <= 128 * max(shape.vector, 4) * launch_config.VECTORS_OF_THREAD
         if name in REDUCTIONS or shape.channels_last:
             tiles = count_tiles(shape, config.block_rows, config.block_columns)
-            assert config.programs <= tiles
+            assert config.splits <= tiles
             if name in REDUCTIONS:
-                assert tiles <= config.programs * launch_config.LONGEST_CHAIN
+                assert tiles <= config.splits * launch_config.LONGEST_CHAIN
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -93,7 +93,7 @@ def test_the_last_wave_of_a_reduction_is_not_nearly_empty(name, gpu):
         if tiles * blocks < 16 * slots:
             continue
         seen += 1
-        waves = triton.cdiv(blocks * config.programs, slots)
-        longest = waves * triton.cdiv(tiles, config.programs)
+        waves = triton.cdiv(blocks * config.splits, slots)
+        longest = waves * triton.cdiv(tiles, config.splits)
         assert longest <= 1.6 * tiles * blocks / slots, (case, config)
     assert seen > 5

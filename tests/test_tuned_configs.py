@@ -215,7 +215,7 @@ SHORT_ROWS = Bucket("moments", "channels_first", 2, 8, 11, 5, 6)
         (json.dumps(content({}, schema=2)), r"expected schema and device \(1, .*, got \(2, "),
         (json.dumps(content({}, device="NVIDIA L4")), "'NVIDIA H200'.*got .*'NVIDIA L4'"),
         (
-            json.dumps(content({"moments": entry(TUNED._replace(programs=0))})),
+            json.dumps(content({"moments": entry(TUNED._replace(splits=0))})),
             "'moments': expected int",
         ),
         (json.dumps(content({"moments": entry(TUNED._replace(num_warps="4"))})), "integers"),
@@ -241,13 +241,13 @@ def test_a_malformed_file_is_an_error_that_names_it(text, message, shipped):
         (KEY, entry(default_microseconds=0), "default_microseconds: expected a number above 0"),
         (KEY, {**entry(), "config": [1, 2048, 8, 8]}, "config: expected an object with"),
         (KEY, {**entry(), "config": {"block_rows": 1}}, "config: expected an object with"),
-        (KEY, entry(TUNED._replace(programs=0)), "config: expected integers of at least 1"),
-        (KEY, entry(TUNED._replace(programs=True)), "config: expected integers of at least 1"),
+        (KEY, entry(TUNED._replace(splits=0)), "config: expected integers of at least 1"),
+        (KEY, entry(TUNED._replace(splits=True)), "config: expected integers of at least 1"),
         (KEY, entry(TUNED._replace(num_warps=4.0)), "config: expected integers of at least 1"),
         (KEY, entry(TUNED._replace(block_columns=2000)), "block_columns: expected a power of two"),
         (KEY, entry(TUNED._replace(num_warps=3)), "num_warps: expected a power of two, got 3"),
         (KEY, entry(TUNED._replace(num_warps=64)), "num_warps: expected at most 32, got 64"),
-        (KEY, entry(TUNED._replace(programs=1 << 16)), "programs: expected at most 65535"),
+        (KEY, entry(TUNED._replace(splits=1 << 16)), "splits: expected at most 65535"),
         (KEY, entry(TUNED._replace(block_columns=1 << 16)), "x block_columns: expected at most"),
         (KEY, entry(TUNED._replace(block_columns=4)), "block_columns: expected 8 or more"),
         (KEY, entry(TUNED._replace(block_rows=2)), "block_columns: expected 16384 or more"),
@@ -296,7 +296,7 @@ def test_tiles_of_several_rows_hold_every_row_of_their_bucket(shipped):
         assert launch_config.reduction_blocks(shape, find(shape)) == 2048
 
 
-def test_programs_fit_the_shape(shipped):
+def test_splits_fit_the_shape(shipped):
     """None without a tile, and no chain of sums that is longer than accuracy allows."""
     write(
         shipped,
@@ -307,9 +307,9 @@ def test_programs_fit_the_shape(shipped):
         },
     )
     tiles = launch_config.count_tiles(SHAPE, 1, 16)
-    assert tiles / find().programs <= launch_config.LONGEST_CHAIN
-    assert find(name="grad_moments").programs == SHAPE.rows
-    assert find(name="normalize").programs == SHAPE.rows  # side by side: sample by sample
+    assert tiles / find().splits <= launch_config.LONGEST_CHAIN
+    assert find(name="grad_moments").splits == SHAPE.rows
+    assert find(name="normalize").splits == SHAPE.rows  # side by side: sample by sample
 
 
 def test_threads_read_a_file_once(shipped, monkeypatch):

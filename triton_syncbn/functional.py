@@ -60,7 +60,7 @@ def sync_batch_norm(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above, or not on the input's device;
-            or a training batch of a process that is alone has one value a channel. Raised before
+            or a training batch of a process that is alone has one value per channel. Raised before
             any communication.
         RuntimeError: the communication failed, as a rank died or did not come in time.
     """
@@ -81,7 +81,7 @@ def sync_batch_norm(
         num_batches_tracked = None
     if group is None and input.numel() == input.shape[1]:
         raise ValueError(
-            f"input: expected more than one value a channel in training, got shape {_shape(input)}"
+            f"input: expected more than one value per channel in training, got shape {_shape(input)}"
         )
     return SyncBatchNormFunction.apply(
         input,

@@ -17,7 +17,7 @@ _numbers = itertools.count()  # of the layers that are made, so that each has a 
 
 class SyncBN(_BatchNorm):
     """Batch normalization with the mean and variance of the samples of all ranks:
-    `torch.nn.SyncBatchNorm`, faster.
+    a drop-in for `torch.nn.SyncBatchNorm`.
 
     Signature and state_dict are those of `torch.nn.SyncBatchNorm`. In training any number of ranks,
     with any split of the samples, gives the result of one big batch; in eval mode the running

@@ -11,7 +11,7 @@ from triton_syncbn.kernels.launch_config import (
     WRITERS,
     LaunchConfig,
     default_config,
-    fit_programs,
+    fit_splits,
     reduction_blocks,
 )
 from triton_syncbn.kernels.tuned_configs import Bucket, bucket_of
@@ -63,8 +63,8 @@ def candidates(job: Job, multiprocessors: int) -> list[LaunchConfig]:
             check_config(job.bucket, config)
         except ValueError:
             continue
-        for programs in _programs(job, config, multiprocessors):
-            fitted = fit_programs(job.kernel, job.shape, config._replace(programs=programs))
+        for splits in _splits(job, config, multiprocessors):
+            fitted = fit_splits(job.kernel, job.shape, config._replace(splits=splits))
             if fitted not in configs:
                 configs.append(fitted)
     return configs
@@ -89,7 +89,7 @@ def _tiles(job: Job) -> Iterator[LaunchConfig]:
                     yield LaunchConfig(rows, width, 1, warps)
 
 
-def _programs(job: Job, config: LaunchConfig, multiprocessors: int) -> list[int]:
+def _splits(job: Job, config: LaunchConfig, multiprocessors: int) -> list[int]:
     """How many programs may share a channel, or into how many parts a flat walk is cut."""
     if job.kernel in WRITERS and not job.shape.channels_last:
         return [1, 2]

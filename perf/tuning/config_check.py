@@ -7,7 +7,7 @@ from typing import Any
 
 from layers.cases import LAYOUTS
 from layers.steps import KERNELS
-from triton_syncbn.kernels.launch_config import MOST_PROGRAMS, WRITERS, LaunchConfig
+from triton_syncbn.kernels.launch_config import MOST_SPLITS, WRITERS, LaunchConfig
 from triton_syncbn.kernels.tuned_configs import SCHEMA, Bucket
 
 # Of a tile or a flat block: up to here the writers' division by a reciprocal is exact.
@@ -73,7 +73,7 @@ def check_config(bucket: Bucket, config: LaunchConfig) -> None:
             raise ValueError(f"config: {field}: expected a power of two, got {value}")
     for what, value, most in (
         ("num_warps", config.num_warps, MOST_WARPS),
-        ("programs", config.programs, MOST_PROGRAMS),
+        ("splits", config.splits, MOST_SPLITS),
         ("block_rows x block_columns", tile, MOST_ELEMENTS_OF_TILE),
     ):
         if value > most:
