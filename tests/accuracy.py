@@ -27,7 +27,7 @@ import triton
 from hypothesis import strategies
 from torch import Tensor
 
-from tests import interpreter, oracle
+from tests.support import interpreter, oracle
 from triton_syncbn import SyncBN, reference
 
 MOMENTUM = 0.1

@@ -11,8 +11,8 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from tests import interpreter
-from tests.ranks import Ranks, fill_empty_tensors, pool
+from tests.support import interpreter
+from tests.support.ranks import Ranks, fill_empty_tensors, pool
 
 torch.set_num_threads(1)
 fill_empty_tensors()
@@ -22,7 +22,7 @@ if INTERPRETED:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-steps", type=int, default=12, help="steps of tests/test_soak.py")
+    parser.addoption("--soak-steps", type=int, default=12, help="steps of tests/layer/test_soak.py")
 
 
 @pytest.fixture(

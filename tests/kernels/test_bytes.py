@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests import interpreter
-from tests.test_kernels import LAYOUTS, kernel, random
+from tests.support import interpreter
+from tests.support.inputs import LAYOUTS, random
+from tests.support.steps import kernel
 from triton_syncbn import reference
 
 triton = pytest.importorskip("triton")

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from tests.test_kernels import LAYOUTS, kernel
-from tests.test_kernels import random as random_tensor
+from tests.support.inputs import LAYOUTS
+from tests.support.inputs import random as random_tensor
+from tests.support.steps import kernel
 from triton_syncbn import SyncBN
 
 RUNS = 20

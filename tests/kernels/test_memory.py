@@ -9,8 +9,9 @@ import os
 import pytest
 import torch
 
-from tests import interpreter
-from tests.test_kernels import EDGES, LAYOUTS, SHAPES, kernel, random, run_steps
+from tests.support import interpreter
+from tests.support.inputs import EDGES, LAYOUTS, SHAPES, random
+from tests.support.steps import kernel, run_steps
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from tests import interpreter
+from tests.support import interpreter
 
 TIMEOUT = timedelta(seconds=60)
 KILLED = "killed"  # what a rank returned whose process ended
