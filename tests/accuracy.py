@@ -461,7 +461,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=5, help="batches of each row of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    interpreter.round_to_nearest_bfloat16()
+    interpreter.prepare()
     if arguments.examples:
         sweep(arguments.examples)
     else:

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 fill_empty_tensors()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    interpreter.round_to_nearest_bfloat16()
+    interpreter.prepare()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
