@@ -60,7 +60,7 @@ test-gpu: $(ENVIRONMENT)
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 soak: $(ENVIRONMENT)
-	$(RUN) -m pytest tests/test_soak.py --soak-steps 300 $(ARGS)
+	$(RUN) -m pytest tests/layer/test_soak.py --soak-steps 300 $(ARGS)
 
 architectures: $(ENVIRONMENT)
 	$(RUN) tests/architectures.py $(ARGS)
@@ -71,7 +71,7 @@ accuracy: $(ENVIRONMENT)
 sanitize: $(ENVIRONMENT)
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(RUN) -m pytest -m gpu tests/test_kernels.py $(ARGS) || exit 1; \
+			$(RUN) -m pytest -m gpu tests/kernels/test_kernels.py $(ARGS) || exit 1; \
 	done
 
 lint: .venv/linters

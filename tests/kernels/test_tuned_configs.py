@@ -12,8 +12,9 @@ import threading
 import pytest
 import torch
 
-from tests import oracle
-from tests.test_kernels import LAYOUTS, kernel, random, run_steps
+from tests.support import oracle
+from tests.support.inputs import LAYOUTS, random
+from tests.support.steps import kernel, run_steps
 from triton_syncbn import reference
 
 pytest.importorskip("triton")
@@ -25,7 +26,7 @@ from triton_syncbn.kernels.tuned_configs import Bucket, bucket_of, config_source
 from tuning import config_file
 from tuning.config_check import check_content
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 GPUS = ["NVIDIA H200", "NVIDIA L4"]
 MULTIPROCESSORS = [132, 58]
 SHAPE = Geometry(False, 32, 64, 12544, 8)

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_all_loads_of_a_tile_are_under_way_at_a_time_and_registers_suffice(tmp_path):

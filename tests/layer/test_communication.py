@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_syncbn
-from tests.ranks import counted_communication
+from tests.support.ranks import counted_communication
 from triton_syncbn import SyncBN
 
 CHANNELS = 3

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests import interpreter
-from tests.test_kernels import kernel, random
+from tests.support import interpreter
+from tests.support.inputs import random
+from tests.support.steps import kernel
 from triton_syncbn import reference
 
 pytest.importorskip("triton")

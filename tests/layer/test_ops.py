@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import counted_communication
+from tests.support.ranks import counted_communication
 from triton_syncbn import SyncBN, ops
 
 

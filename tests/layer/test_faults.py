@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import triton_syncbn
-from tests.ranks import KILLED, counted_communication
+from tests.support.ranks import KILLED, counted_communication
 from triton_syncbn import SyncBN
 
 TIMEOUT = 4  # seconds, of the group whose ranks fall apart

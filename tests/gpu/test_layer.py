@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import oracle
-from tests.test_layer import (
+from tests.support import oracle
+from tests.support.batches import (
     HARD,
     SPLITS,
     assert_exact_in_float32,

@@ -4,23 +4,11 @@ import pathlib
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from numerics import errors, examples, oracle, table, training
+from numerics import errors, examples, table, training
 from numerics.errors import NOISE
 
+from tests.support import oracle
 from triton_syncbn import ops, reference
-
-# The same cases on each run: a test that fails by chance is of no use. More are drawn by
-# `python perf/accuracy.py --examples 1000`.
-ALWAYS_THE_SAME = {
-    "deadline": None,
-    "derandomize": True,
-    "database": None,
-    "phases": [
-        Phase.generate
-    ],  # a case says all there is to say; in the interpreter, shrinking it takes minutes
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-}
 
 
 def assert_exact(example: examples.Example, result: oracle.Result) -> None:
@@ -28,31 +16,31 @@ def assert_exact(example: examples.Example, result: oracle.Result) -> None:
     assert not found, f"{example}: {'; '.join(found)}"
 
 
-@settings(max_examples=25, **ALWAYS_THE_SAME)
-@given(example=examples.drawn_examples(most_ranks=1))
-def test_layer_is_exact(example):
+@pytest.mark.parametrize("seed", range(25))
+def test_layer_is_exact(seed):
     """The layer in one process, on the interpreted kernels."""
+    example = examples.drawn_example(seed, most_ranks=1)
     assert_exact(example, training.train_layer(0, 1, example))
 
 
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
-@settings(max_examples=12, **ALWAYS_THE_SAME)
-@given(example=examples.drawn_examples())
-def test_any_split_is_exact(implementation, example):
+@pytest.mark.parametrize("seed", range(12))
+def test_any_split_is_exact(implementation, seed):
     """The four steps for up to five ranks in turn."""
+    example = examples.drawn_example(seed)
     assert_exact(example, training.train_steps(implementation, example))
 
 
-@settings(max_examples=50, **ALWAYS_THE_SAME)
-@given(example=examples.drawn_examples(most_elements=200_000))
-def test_larger_tensors_are_exact(example):
+@pytest.mark.parametrize("seed", range(50))
+def test_larger_tensors_are_exact(seed):
+    example = examples.drawn_example(seed, most_elements=200_000)
     assert_exact(example, training.train_steps("reference", example))
 
 
-@settings(max_examples=6, **ALWAYS_THE_SAME)
-@given(example=examples.drawn_examples())
-def test_any_split_over_processes_is_exact(ranks, example):
+@pytest.mark.parametrize("seed", range(6))
+def test_any_split_over_processes_is_exact(ranks, seed):
     """The layer in real processes, so what goes over the wire is tested too."""
+    example = examples.drawn_example(seed)
     results = ranks.run(training.train_layer, len(example.sizes), example)
     assert_exact(example, training.joined(results))
 
@@ -99,15 +87,14 @@ def test_counts_beyond_32_bits(implementation, device):
 
 def test_large_mean_is_100_times_better_than_torch():
     """At mean / std = 1e4."""
-    errors = table.measure("mean / std = 1e4", seeds=2)["output"]
-    kernels, plain, theirs = errors
+    kernels, plain, theirs = table.measure("mean / std = 1e4", seeds=2)["output"]
     assert 100 * max(kernels, plain) <= theirs
 
 
 @pytest.mark.parametrize("name", [name for name in examples.HARD_EXAMPLES if "2**" not in name])
 def test_what_the_table_says_holds(name):
     """ACCURACY.md as committed: ours is at most torch's or noise, and still as good as it says."""
-    text = pathlib.Path(__file__).with_name("ACCURACY.md").read_text()
+    text = (pathlib.Path(__file__).parents[1] / "ACCURACY.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     first = next(number for number, row in enumerate(rows) if row[1:2] == [name])
     measured = table.measure(name, seeds=1)
@@ -140,10 +127,7 @@ def test_first_batch_of_an_average_keeps_its_digits(step):
     mean, variance = torch.zeros(4), torch.ones(4)
     counter = torch.tensor(0)
     step(
-        input,
-        reference.moments(input),
-        None,
-        None,
+        *(input, reference.moments(input), None, None),
         running_mean=mean,
         running_var=variance,
         num_batches_tracked=counter,

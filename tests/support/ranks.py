@@ -1,7 +1,7 @@
 """Real processes for the tests of the layer: a pool of ranks that talk over gloo on this machine.
 
-Starting Python and importing torch takes seconds, so the processes stay, and each call makes a
-fresh default process group of the size it asks for.
+Starting Python and importing torch takes seconds, so a server does it once and forks the processes;
+these stay, and each call makes a fresh default process group of the size it asks for.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from tests import interpreter
+from tests.support import interpreter
 
 TIMEOUT = timedelta(seconds=60)
 KILLED = "killed"  # what a rank returned whose process ended
@@ -34,12 +34,20 @@ def fill_empty_tensors() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def _preloaded() -> list[str]:
+    """What the server imports. Deterministic algorithms import torch's inductor, and that Triton,
+    which is interpreted or compiled as it was imported: without a GPU nothing is compiled.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return ["torch._inductor.config" if interpreted else "torch", "tests.support.ranks"]
+
+
 def _serve(connection: Any, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     fill_empty_tensors()
     if environment.get("TRITON_INTERPRET") == "1":
-        interpreter.round_to_nearest_bfloat16()
+        interpreter.prepare()
     while (call := connection.recv()) is not None:
         function, rank, world_size, store, arguments = pickle.loads(call)
         try:
@@ -70,7 +78,8 @@ class Ranks:
         self.connections: list[Any] = []
 
     def _grow(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_preloaded())
         while len(self.processes) < size:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, self.environment), daemon=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_kernels import LAYOUTS
+from tests.support.inputs import LAYOUTS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

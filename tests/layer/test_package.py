@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = "kernels/configs/Some_GPU.json"  # as perf/tune.py writes one
 
 USE = """

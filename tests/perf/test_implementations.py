@@ -50,7 +50,7 @@ def gathered_step(rank, world_size):
     """Communication of the layer that stands for torch.nn.SyncBatchNorm."""
     from layers.gather_syncbn import GatherSyncBN
 
-    from tests.ranks import counted_communication
+    from tests.support.ranks import counted_communication
 
     input = torch.randn(3, 5, 4, requires_grad=True)
     with counted_communication() as seen:
@@ -66,7 +66,7 @@ def test_the_stand_in_sends_what_torch_sends(reference_ranks):
 
 
 def test_one_rank_communicates_only_while_compared(one_rank):
-    from tests.ranks import counted_communication
+    from tests.support.ranks import counted_communication
 
     layer, input = triton_syncbn.SyncBN(3), torch.randn(4, 3)
     with counted_communication() as seen:
