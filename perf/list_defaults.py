@@ -12,9 +12,9 @@ from triton_syncbn.kernels.indexing import geometry
 from triton_syncbn.kernels.launch_config import (
     WRITERS,
     default_config,
-    output_grid,
     reduction_blocks,
     slots,
+    writer_programs,
 )
 
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             for gpu in options.gpu:
                 config = default_config(name, shape, GPUS[gpu])
                 programs = (
-                    output_grid(shape, config)[0]
+                    writer_programs(shape, config)[0]
                     if name in WRITERS
                     else reduction_blocks(shape, config) * config.splits
                 )

@@ -14,13 +14,10 @@ CLASSES = {"resnet50": 1000, "deeplab": 21, "unet3d": 3}
 
 def make_model(name: str) -> nn.Module:
     """A model by its name in CLASSES, with fresh weights from torch's generator."""
-    if name == "resnet50":
-        return ResNet50(CLASSES[name])
-    if name == "deeplab":
-        return DeepLab(CLASSES[name])
-    if name == "unet3d":
-        return UNet3d(CLASSES[name])
-    raise ValueError(f"name: expected one of {', '.join(CLASSES)}; got {name!r}")
+    if name not in CLASSES:
+        raise ValueError(f"name: expected one of {', '.join(CLASSES)}; got {name!r}")
+    networks = {"resnet50": ResNet50, "deeplab": DeepLab, "unet3d": UNet3d}
+    return networks[name](CLASSES[name])
 
 
 def _conv_norm(

@@ -45,7 +45,7 @@ def batch_norm(
         None if tensor is None else tensor.detach().double().clone().requires_grad_()
         for tensor in (input, weight, bias)
     ]
-    mean = torch.zeros(input.shape[1], dtype=torch.float64)
+    mean = torch.zeros(input.shape[1], dtype=torch.float64, device=input.device)
     variance = torch.ones_like(mean)
     output = F.batch_norm(leaves[0], mean, variance, leaves[1], leaves[2], True, momentum, eps)
     output.backward(grad_output.double())

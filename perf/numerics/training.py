@@ -50,19 +50,12 @@ def train_steps(implementation: str, example: Example, copies: float = 1) -> Res
     """The four steps of "kernels" or "reference" for each rank in turn, their sums added up here,
     and multiplied as if there were so many copies of the batch.
     """
-    ranks = [
-        Operands(
-            input,
-            grad_output,
-            weight=example.weight,
-            bias=example.bias,
-            running_mean=torch.zeros(input.shape[1]),
-            running_var=torch.zeros(input.shape[1]),
-            momentum=MOMENTUM,
-            eps=example.eps,
-        )
-        for input, grad_output in parts(example, example.input, example.grad_output)
-    ]
+    affine = example.weight, example.bias
+    ranks = []
+    for input, grad in parts(example, example.input, example.grad_output):
+        mean, variance = torch.zeros(2, input.shape[1]).unbind()
+        buffers = mean, variance, None
+        ranks.append(Operands(input, grad, None, None, *affine, *buffers, MOMENTUM, example.eps))
 
     def step(name: str) -> list[Tensor]:
         return [run_step(name, rank, implementation) for rank in ranks]

@@ -14,8 +14,8 @@ from triton_syncbn.kernels.launch_config import (
     REDUCTIONS,
     WRITERS,
     default_config,
-    output_grid,
     reduction_blocks,
+    writer_programs,
 )
 from triton_syncbn.kernels.tuned_configs import bucket_of
 from tuning.config_check import check_config
@@ -37,7 +37,7 @@ SEEN = [(case, geometry(case.without_memory())) for case in CASES]
 
 def programs_of(name, shape, config):
     if name in WRITERS:
-        return output_grid(shape, config)[0]
+        return writer_programs(shape, config)[0]
     return reduction_blocks(shape, config) * config.splits
 
 
