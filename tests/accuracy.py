@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import os
 import pathlib
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,12 +20,10 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import hypothesis
 import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
-from hypothesis import strategies
 from torch import Tensor
 
 from tests.support import interpreter, oracle
@@ -34,6 +33,9 @@ MOMENTUM = 0.1
 # Two implementations that are both this good differ in how their last roundings fall: 6e-8 is the
 # rounding of one float32 operation, and a result has three or so.
 NOISE = 2e-7
+# A variance that one value makes, an outlier, has five: two of its deviation, which is squared, and
+# one each of the square, of the sum and of the buffer.
+NOISE_OF_VARIANCE = 3e-7
 # Sums of squares are sent as float64, so mean**2 * 2**-53 is lost of var + eps, a few times over.
 # Up to this ratio of mean and sqrt(var + eps) that is below 2e-7.
 LARGEST_RATIO = 1.1e4
@@ -89,45 +91,43 @@ def make_case(
     return Case(values.to(dtype), (grads + grad_mean).to(dtype), *parameters, sizes, **options)
 
 
-@strategies.composite
-def cases(draw: Callable[..., Any], most_ranks: int = 5, most_elements: int = 4000) -> Case:
+def drawn_case(seed: int, most_ranks: int = 5, most_elements: int = 4000) -> Case:
     """Any case: small enough for the interpreter, at every edge of shapes and data."""
-    spatial = draw(strategies.sampled_from([(7, 7), (), (1, 1), (5,), (1,), (3, 5), (2, 3, 5)]))
-    channels = draw(strategies.sampled_from([1, 2, 3, 5, 31, 257]))
+    draw = random.Random(seed)
+    spatial = draw.choice([(7, 7), (), (1, 1), (5,), (1,), (3, 5), (2, 3, 5)])
+    channels = draw.choice([1, 2, 3, 5, 31, 257])
     positions = torch.Size(spatial).numel()
     room = max(most_elements // (channels * positions), 2)
-    sizes = draw(strategies.lists(strategies.integers(0, 9), min_size=1, max_size=most_ranks))
+    sizes = [draw.randint(0, 9) for _ in range(draw.randint(1, most_ranks))]
     while sum(sizes) > room:
         sizes = [size // 2 for size in sizes]
     if most_ranks == 1 and sizes[0] * positions == 1:
         sizes = [2]  # a process that is alone must have more than one value a channel
-    data = draw(
-        strategies.sampled_from(
-            [
-                {},
-                {"mean": 1e2},
-                {"mean": 1e4},
-                {"mean": -1e6},
-                {"mean": 1e3, "std": 1e-6},
-                {"std": 1e-6},
-                {"std": 1e4},
-                {"std": 0.0},
-                {"apart": 1e3},
-                {"outlier": True},
-            ]
-        )
+    data = draw.choice(
+        [
+            {},
+            {"mean": 1e2},
+            {"mean": 1e4},
+            {"mean": -1e6},
+            {"mean": 1e3, "std": 1e-6},
+            {"std": 1e-6},
+            {"std": 1e4},
+            {"std": 0.0},
+            {"apart": 1e3},
+            {"outlier": True},
+        ]
     )
     return make_case(
         tuple(sizes),
         channels,
         spatial,
-        draw(strategies.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        grad_mean=draw(strategies.sampled_from([0.0, 1e3])),
-        affine=draw(strategies.booleans()),
-        seed=draw(strategies.integers(0, 2**16)),
-        eps=draw(strategies.sampled_from([1e-5, 1e-12, 1e-8, 1e-3, 1e-1])),
+        draw.choice([torch.float32, torch.bfloat16, torch.float16]),
+        grad_mean=draw.choice([0.0, 1e3]),
+        affine=draw.choice([True, False]),
+        seed=seed,
+        eps=draw.choice([1e-5, 1e-12, 1e-8, 1e-3, 1e-1]),
         # apart in memory, each channel is a program of the interpreter
-        channels_last=channels > 31 or draw(strategies.booleans()),
+        channels_last=channels > 31 or draw.choice([True, False]),
         **data,
     )
 
@@ -334,7 +334,11 @@ def faults(case: Case, ours: oracle.Result) -> list[str]:
     found = []
     names = COMPARED if case.input.dtype == torch.float32 else COMPARED[2:]
     for name in names:
-        limit = NOISE + (scale.lost_of_variance if name == "running_var" else scale.lost)
+        limit = (
+            NOISE_OF_VARIANCE + scale.lost_of_variance
+            if name == "running_var"
+            else NOISE + scale.lost
+        )
         if theirs is not None:
             limit = max(limit, error(name, theirs, exact, scale))
         mine = error(name, ours, exact, scale)
@@ -361,7 +365,9 @@ def faults_in_half(
         rounded = getattr(exact, name).to(actual.dtype)
         same = actual == rounded  # and both may be beyond the largest half-precision number
         actual, rounded = (torch.where(same, 0.0, tensor) for tensor in (actual, rounded))
-        negligible = (1e-6 + scale.lost) * largest.amax(others, keepdim=True)
+        largest = largest.amax(others, keepdim=True)
+        largest = torch.where(largest > 0.0, largest, 1.0)  # of nothing but zeros, one deviation
+        negligible = (1e-6 + scale.lost) * largest
         units = oracle.error_in_ulp(actual, rounded.double(), negligible)
         if not units <= 1.0:
             found.append(f"{name}: {units:.1f} units in the last place")
@@ -443,15 +449,11 @@ def report(seeds: int) -> str:
 
 def sweep(examples: int) -> None:
     """Draw cases and check both implementations."""
-
-    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(cases())
-    def check(case: Case) -> None:
+    for seed in range(examples):
+        case = drawn_case(seed)
         for implementation in ("kernels", "reference"):
             found = faults(case, train_steps(implementation, case))
-            assert not found, f"{implementation}: {found}"
-
-    check()
+            assert not found, f"seed {seed}, {implementation}: {found}"
     print(f"{examples} cases: all exact")
 
 

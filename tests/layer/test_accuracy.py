@@ -4,23 +4,10 @@ import pathlib
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 
 from tests import accuracy
 from tests.support import oracle
 from triton_syncbn import ops, reference
-
-# The same cases on each run: a test that fails by chance is of no use. More are drawn by
-# `python tests/accuracy.py --examples 1000`.
-ALWAYS_THE_SAME = {
-    "deadline": None,
-    "derandomize": True,
-    "database": None,
-    "phases": [
-        Phase.generate
-    ],  # a case says all there is to say; in the interpreter, shrinking it takes minutes
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-}
 
 
 def assert_exact(case: accuracy.Case, result: oracle.Result) -> None:
@@ -28,31 +15,31 @@ def assert_exact(case: accuracy.Case, result: oracle.Result) -> None:
     assert not found, f"{case}: {'; '.join(found)}"
 
 
-@settings(max_examples=25, **ALWAYS_THE_SAME)
-@given(case=accuracy.cases(most_ranks=1))
-def test_layer_is_exact(case):
+@pytest.mark.parametrize("seed", range(25))
+def test_layer_is_exact(seed):
     """The layer in one process, on the interpreted kernels."""
+    case = accuracy.drawn_case(seed, most_ranks=1)
     assert_exact(case, accuracy.train_layer(0, 1, case))
 
 
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
-@settings(max_examples=12, **ALWAYS_THE_SAME)
-@given(case=accuracy.cases())
-def test_any_split_is_exact(implementation, case):
+@pytest.mark.parametrize("seed", range(12))
+def test_any_split_is_exact(implementation, seed):
     """The four steps for up to five ranks in turn."""
+    case = accuracy.drawn_case(seed)
     assert_exact(case, accuracy.train_steps(implementation, case))
 
 
-@settings(max_examples=50, **ALWAYS_THE_SAME)
-@given(case=accuracy.cases(most_elements=200_000))
-def test_larger_tensors_are_exact(case):
+@pytest.mark.parametrize("seed", range(50))
+def test_larger_tensors_are_exact(seed):
+    case = accuracy.drawn_case(seed, most_elements=200_000)
     assert_exact(case, accuracy.train_steps("reference", case))
 
 
-@settings(max_examples=6, **ALWAYS_THE_SAME)
-@given(case=accuracy.cases())
-def test_any_split_over_processes_is_exact(ranks, case):
+@pytest.mark.parametrize("seed", range(6))
+def test_any_split_over_processes_is_exact(ranks, seed):
     """The layer in real processes, so what goes over the wire is tested too."""
+    case = accuracy.drawn_case(seed)
     results = ranks.run(accuracy.train_layer, len(case.sizes), case)
     assert_exact(case, accuracy.joined(results))
 
@@ -141,6 +128,13 @@ def test_first_batch_of_an_average_keeps_its_digits(step):
     input = accuracy.make_case(std=1e-6).input
     mean, variance = torch.zeros(4), torch.ones(4)
     counter = torch.tensor(0)
-    step(input, reference.moments(input), None, None, mean, variance, counter, None, 1e-5)
+    step(
+        *(input, reference.moments(input), None, None),
+        running_mean=mean,
+        running_var=variance,
+        num_batches_tracked=counter,
+        momentum=None,
+        eps=1e-5,
+    )
     expected = input.double().transpose(0, 1).flatten(1).var(1)
     assert oracle.relative_error(variance, expected) <= accuracy.NOISE
