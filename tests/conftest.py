@@ -1,5 +1,6 @@
 """Set-up of all tests. With no GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def undefined_masked_lanes() -> Iterator[None]:
+    """Lanes that a mask keeps from loading hold NaN in the interpreter; on a GPU, anything."""
+    with interpreter.undefined_masked_lanes() if INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

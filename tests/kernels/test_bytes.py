@@ -34,13 +34,13 @@ SHAPES = [
     (0, 3, 5, 5),
     (37, 20),
     (6, 8, 1, 1),
-    (4, 6, 2, 1),
+    (4, 2, 2, 1),
     (5, 3, 7, 7),  # an odd number of elements: no vectors
-    (4, 6, 7, 7),
+    (4, 2, 7, 7),
     (3, 1, 7, 7),
-    (2, 8, 9, 11),
-    (3, 5, 8, 8),
-    (2, 4, 47, 47),
+    (2, 4, 9, 11),
+    (3, 2, 8, 8),
+    (4, 2, 47, 47),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 CONFIGS = ["default", "narrow", "tall"]
@@ -224,17 +224,16 @@ def test_all_else_is_a_few_numbers_for_each_channel_of_a_program(
     assert traffic.stored_beside <= stored
 
 
-@every_dtype
 @every_layout
 @pytest.mark.parametrize(
     ("name", "maps_loaded", "maps_stored"),
     [("moments", 1, 0), ("normalize", 1, 1), ("grad_moments", 2, 0), ("grad_input", 2, 1)],
 )
-def test_large_maps_dominate(name, maps_loaded, maps_stored, layout, dtype):
+def test_large_maps_dominate(name, maps_loaded, maps_stored, layout):
     """Of maps of 160 x 160, the table at the top holds to 1 % with everything counted: a program of
     a default config loads coefficients of a few channels, and a thousand elements or more.
     """
-    shape = (2, 4, 160, 160)
+    shape = (1, 2, 160, 160)
     traffic = measure(name, shape, layout, dtype, "default")
     tensor_bytes = math.prod(shape) * dtype.itemsize
     loaded = sum(int(count.sum()) for count in traffic.loads.values()) * dtype.itemsize

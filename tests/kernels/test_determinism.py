@@ -10,7 +10,7 @@ from tests.support.inputs import random as random_tensor
 from tests.support.steps import kernel
 from triton_syncbn import SyncBN
 
-RUNS = 20
+RUNS = 8
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_the_order_of_programs_does_not_matter(layout, dtype, shuffle):
     from triton_syncbn.kernels.launch_config import LaunchConfig
 
     device = torch.device("cpu")
-    input = random_tensor((4, 3, 3, 5), dtype, device, layout)
-    grad_output = random_tensor((4, 3, 3, 5), dtype, device, layout, seed=1)
+    input = random_tensor((4, 2, 3, 5), dtype, device, layout)
+    grad_output = random_tensor((4, 2, 3, 5), dtype, device, layout, seed=1)
     config = LaunchConfig(8 if layout == "channels_last" else 1, 16, 4, 1)
     runs = []
     for _ in range(RUNS):
@@ -61,7 +61,7 @@ def test_the_order_of_programs_does_not_matter(layout, dtype, shuffle):
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
 
 
-def twenty_steps_from_the_same_state(rank, world_size):
+def steps_from_the_same_state(rank, world_size):
     """Everything a step gives, of the same step again and again."""
     torch.manual_seed(rank)
     input, grad = torch.randn(2, 3 + rank, 4, 5, 6)
@@ -79,5 +79,5 @@ def twenty_steps_from_the_same_state(rank, world_size):
 
 
 def test_the_same_step_gives_the_same_bits(ranks):
-    first, second = ranks.run(twenty_steps_from_the_same_state, 2)
+    first, second = ranks.run(steps_from_the_same_state, 2)
     assert all(torch.equal(first[name], second[name]) for name in first)

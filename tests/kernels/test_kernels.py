@@ -8,6 +8,9 @@ from tests.support.inputs import EDGES, LAYOUTS, SHAPES, random
 from tests.support.steps import kernel, run_steps
 from triton_syncbn import reference
 
+# A lane that a mask keeps out reaches no result here, whatever it holds.
+pytestmark = pytest.mark.usefixtures("undefined_masked_lanes")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Of the norm. Half a unit in the last place of a half-precision result is 2e-3 (bfloat16) and
 # 2.5e-4 (float16) of its value at most; two implementations that both round right may differ by
@@ -87,7 +90,7 @@ def test_a_config_never_changes_the_result(layout, tile, programs, device):
     tiled = LaunchConfig(*TILES[tile], programs, 4)
     columns, warps = FLAT_BLOCKS[(tile + programs) % 3]
     writing = tiled if layout == "channels_last" else LaunchConfig(1, columns, programs, warps)
-    shape = (5, 3, 9, 6)
+    shape = (5, 2, 7, 3)
     input = random(shape, torch.float32, device, layout, mean=3.0)
     grad_output = random(shape, torch.float32, device, layout, seed=1)
 
