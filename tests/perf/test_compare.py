@@ -36,6 +36,7 @@ def run_alone(tmp_path, *arguments):
         return compare.compare(0, 1, f"file://{folder}/store", options)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_tables_and_files(tmp_path):
     """On this machine: two processes on a CPU, or its GPU."""
     file = tmp_path / "results" / "rows.csv"
