@@ -43,7 +43,10 @@ SHAPES = [
     (4, 2, 47, 47),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-CONFIGS = ["default", "narrow", "tall"]
+CONFIGS = [
+    "default",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "tall")),
+]
 VECTOR_BYTES = 16
 GUARD = 256  # elements before and after an input, in its storage
 

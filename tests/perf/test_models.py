@@ -91,13 +91,8 @@ def test_two_ranks_train_a_model_within_40_seconds(tmp_path):
     file = tmp_path / "results" / "rows.csv"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [
-        sys.executable,
-        train_models.__file__,
-        "resnet50",
-        "--samples",
-        "1",
-        "--csv",
-        str(file),
+        *(sys.executable, train_models.__file__, "resnet50"),
+        *("--samples", "1", "--csv", str(file)),
     ]
     before = seconds_of_children()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
