@@ -35,6 +35,7 @@ def run_alone(monkeypatch, plain_torch):
     )
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_tables_and_files(tmp_path):
     """On this machine: two processes on a CPU, or its GPU."""
     file = tmp_path / "results" / "rows.csv"
