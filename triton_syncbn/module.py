@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -63,6 +64,7 @@ class SyncBN(_BatchNorm):
         )
         if not bias:
             self.register_parameter("bias", None)
+        self.__module__ = convert.FX_LEAF
         self.process_group = process_group
         self.layer_name = f"{next(_numbers)} (made as SyncBN({num_features}))"
 
@@ -76,11 +78,13 @@ class SyncBN(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, num_features, *spatial); see `sync_batch_norm`."""
-        if isinstance(input, Tensor) and input.dim() > 1 and input.shape[1] != self.num_features:
-            raise ValueError(
-                f"input: expected {self.num_features} channels (num_features) in dimension 1, "
-                f"got shape {tuple(input.shape)}"
-            )
+        if isinstance(input, Tensor):
+            self._check_input_dim(input)
+            if input.dim() > 1 and input.shape[1] != self.num_features:
+                raise ValueError(
+                    f"input: expected {self.num_features} channels (num_features) in dimension 1, "
+                    f"got shape {tuple(input.shape)}"
+                )
         track = not self.training or self.track_running_stats
         return sync_batch_norm(
             input,
@@ -96,6 +100,42 @@ class SyncBN(_BatchNorm):
             # a name read in a graph would be compiled into it, and layers could not share the graph
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        *,
+        num_batches_tracked: Tensor | None = None,
+    ) -> Tensor:
+        """What `F.batch_norm` becomes in the forward of a subclass; see subclass_forward.py."""
+        if not (training and self.training):  # nothing is communicated: a rank may do it alone
+            return F.batch_norm(
+                *(input, running_mean, running_var, weight, bias),
+                *(training, momentum or 0.0, eps),
+            )
+        return sync_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=None if running_mean is None else num_batches_tracked,
+            process_group=self.process_group,
+            layer_name="" if torch.compiler.is_compiling() else self.layer_name,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """A layer that was made as SyncBN takes any; a converted one has the check of its class."""
 
     def extra_repr(self) -> str:
         """Settings of the layer; the ranks of its process group, if it has one of its own."""

@@ -1,0 +1,502 @@
+"""The forward that a subclass of torch's batch norm layers brings along: whether its batch
+normalization can be synchronized, and the same forward with that exchanged.
+
+`super().forward(x)` needs no exchange: the class that convert.py makes has SyncBN's forward there.
+`F.batch_norm(x, self.running_mean, ...)` becomes `self._batch_norm(x, self.running_mean, ...)`, in
+a function that is compiled from the source of the original and shares its globals, closure,
+defaults and line numbers. So a call costs nothing more, and nothing is patched that others use.
+"""
+
+import __future__
+
+import ast
+import builtins
+import collections
+import functools
+import linecache
+import types
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+TORCH_FORWARDS = (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward)
+TORCH_LAYERS = (
+    torch.nn.BatchNorm1d,
+    torch.nn.BatchNorm2d,
+    torch.nn.BatchNorm3d,
+    torch.nn.SyncBatchNorm,
+)
+TORCH_CLASSES = frozenset(base for layer in TORCH_LAYERS for base in layer.__mro__)
+
+STATISTICS = ("running_mean", "running_var")
+COUNTER = "num_batches_tracked"
+ARGUMENTS = ("input", *STATISTICS, "weight", "bias", "training", "momentum", "eps")
+REDUCTIONS = {"mean", "std", "std_mean", "sum", "var", "var_mean"}
+# What ranks have in common of tensors that they do not share; and functions that tell no more.
+COMMON = {"device", "dim", "dtype", "is_cuda", "is_floating_point", "ndim"}
+TELLING_COMMON = (
+    *(bool, callable, float, getattr, hasattr, int, isinstance),
+    *(torch.is_grad_enabled, torch.jit.is_scripting, torch.jit.is_tracing),
+)
+CONDITION = "where a condition on which ranks may disagree decides about it"
+PLACES: dict[type[ast.AST], str] = {
+    **dict.fromkeys((ast.For, ast.AsyncFor, ast.While), "in a loop"),
+    **dict.fromkeys((ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp), "in a loop"),
+    **dict.fromkeys((ast.FunctionDef, ast.AsyncFunctionDef), "in a nested function"),
+    **dict.fromkeys((ast.Lambda, ast.ClassDef), "in a nested function"),
+    ast.ExceptHandler: "where an error decides about it",
+}
+FUTURES = functools.reduce(
+    lambda flags, name: flags | getattr(__future__, name).compiler_flag,
+    __future__.all_feature_names,
+    0,
+)
+
+
+class Method(NamedTuple):
+    """What a method of a batch norm layer does, as far as its batch normalization is concerned."""
+
+    fault: str | None = None  # why it cannot be synchronized
+    calls_super: bool = False  # it calls super().forward
+    names_its_class: bool = False  # as in super(Class, self)
+    used: frozenset[tuple[str, str | None]] = frozenset()  # attributes of its layer, and where
+    exchanged: types.FunctionType | None = None  # its like, if it calls F.batch_norm
+
+
+class Unsafe(Exception):
+    """Why a method is left alone: what it does, to follow the words "its forward"."""
+
+
+@functools.cache
+def fault(layer_class: Any) -> str | None:
+    """Why layers of a class cannot be synchronized, as what their forward does; None if they can.
+
+    They can if their forward is that of torch's layers, or if it normalizes by `super().forward` or
+    by `F.batch_norm` on the layer's own running_mean and running_var, and neither it nor the
+    methods of its class that it uses
+
+    - use running_mean and running_var otherwise, but to compare them with None;
+    - compute a mean, a sum or a variance of anything;
+    - pass the layer to other functions;
+    - normalize in a loop or a nested function, or where a condition or an early return that ranks
+      may disagree on decides about it: such as x.numel() > 0, but not self.training or x.ndim == 4;
+    - are wrapped by a decorator, or have no source at hand.
+
+    All else that they do stays as it is.
+    """
+    normalizes = False
+    used: set[tuple[str, str | None]] = set()
+    for owner in layer_class.__mro__:
+        function = vars(owner).get("forward")
+        if function is None:
+            continue
+        if function in TORCH_FORWARDS:
+            normalizes = True
+            break
+        method = read(function)
+        if found := method.fault or _misfit(method, owner, layer_class):
+            return found
+        used |= method.used
+        normalizes |= method.exchanged is not None
+        if not method.calls_super:
+            break
+    seen: set[tuple[str, str | None]] = set()
+    while used - seen:
+        name, place = min(used - seen, key=str)
+        seen.add((name, place))
+        for owner in layer_class.__mro__:
+            function = vars(owner).get(name)
+            function = function.fget if isinstance(function, property) else function
+            if owner in TORCH_CLASSES or not isinstance(function, types.FunctionType):
+                continue
+            method = read(function)
+            found = method.fault or _misfit(method, owner, layer_class)
+            if found is None and place and (method.calls_super or method.exchanged):
+                found = f"normalizes {place}"
+            if found:
+                return f"uses {name}, which {found}"
+            used |= {(inner, place or inner_place) for inner, inner_place in method.used}
+            normalizes |= method.exchanged is not None
+    if not normalizes:
+        return "calls neither super().forward nor F.batch_norm on its own running statistics"
+    return None
+
+
+def _misfit(method: Method, owner: type[Any], layer_class: type[Any]) -> str | None:
+    """Why a method that is safe by itself cannot be exchanged in the class that owns it."""
+    if method.exchanged is not None and not issubclass(owner, _BatchNorm):
+        return f"calls F.batch_norm in {owner.__name__}, which is no batch norm layer"
+    if method.names_its_class and issubclass(layer_class, torch.nn.SyncBatchNorm):
+        return "names its class in super(), which a layer on a CPU cannot stay"
+    return None
+
+
+@functools.cache
+def read(function: Any) -> Method:
+    """What a method does; see Method and `fault`."""
+    try:
+        if not isinstance(function, types.FunctionType):
+            raise Unsafe(f"is no Python function but of {type(function).__name__}")
+        if hasattr(function, "__wrapped__"):
+            raise Unsafe("is wrapped by a decorator")
+        if not function.__code__.co_argcount:
+            raise Unsafe("has no parameter for its layer")
+        tree, definition = _source(function)
+        reader = _Reader(function, definition)
+        exchanged = None
+        if reader.normalizations:
+            _Replacing(reader.replacements()).visit(definition)
+            code = _compiled(ast.fix_missing_locations(tree), function.__code__)
+            exchanged = rebuilt(function, code)
+    except Unsafe as unsafe:
+        return Method(str(unsafe))
+    return Method(
+        None, reader.calls_super, reader.names_its_class, frozenset(reader.used), exchanged
+    )
+
+
+def rebuilt(
+    function: Any,
+    code: types.CodeType | None = None,
+    class_cell: types.CellType | None = None,
+) -> types.FunctionType:
+    """A function like another one, with other code, or with another class for its `super()`."""
+    code = code or function.__code__
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    if class_cell is not None and "__class__" in cells:
+        cells["__class__"] = class_cell
+    duplicate = types.FunctionType(
+        code,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells[name] for name in code.co_freevars),
+    )
+    duplicate.__kwdefaults__ = function.__kwdefaults__
+    duplicate.__qualname__ = function.__qualname__
+    duplicate.__dict__.update(function.__dict__)
+    return duplicate
+
+
+class _Reader(ast.NodeVisitor):
+    """Find what a method does with its layer. Raises Unsafe."""
+
+    def __init__(self, function: types.FunctionType, definition: ast.FunctionDef) -> None:
+        self.function = function
+        self.layer = function.__code__.co_varnames[0]
+        self.calls_super = self.names_its_class = False
+        self.used: set[tuple[str, str | None]] = set()
+        self.normalizations: list[ast.Call] = []
+        self.counting: list[ast.stmt] = []  # statements that add 1 to num_batches_tracked
+        self.averages: list[ast.expr] = []  # 1 / num_batches_tracked
+        self.counts_otherwise = False
+        self.places: list[str] = []  # what surrounds a node and speaks against a normalization
+        self.returned_early = False
+        self._read_variables(definition)
+        for statement in definition.body:
+            self.visit(statement)
+
+    def replacements(self) -> dict[int, ast.AST]:
+        """The nodes that take the place of others, by the id of these."""
+        layer = ast.Name(self.layer, ast.Load())
+        nodes: dict[int, ast.AST] = {
+            id(call.func): ast.Attribute(layer, "_batch_norm", ast.Load())
+            for call in self.normalizations
+        }
+        if self.counting and not self.counts_otherwise:
+            # SyncBN counts in its kernel, and takes the average there: no work for the host
+            for call in self.normalizations:
+                counter = ast.Attribute(layer, COUNTER, ast.Load())
+                call.keywords.append(ast.keyword(COUNTER, counter))
+            nodes |= {id(statement): ast.Pass() for statement in self.counting}
+            nodes |= {id(average): ast.Constant(None) for average in self.averages}
+        return nodes
+
+    def generic_visit(self, node: ast.AST) -> None:
+        """Visit what a node holds, and know on the way that it surrounds that."""
+        place = PLACES.get(type(node))
+        decides = node if isinstance(node, ast.BoolOp) else None
+        decides = getattr(node, "test", getattr(node, "subject", decides))
+        if place is None and decides is not None and not self._is_common(decides):
+            place = CONDITION
+        if place is None:
+            super().generic_visit(node)
+            return
+        self.places.append(place)
+        super().generic_visit(node)
+        self.places.pop()
+
+    def visit_Return(self, node: ast.Return) -> None:
+        self.generic_visit(node)
+        self.returned_early |= self.places[:1] == [CONDITION]
+
+    def visit_Call(self, node: ast.Call) -> None:
+        callee = node.func
+        if isinstance(callee, ast.Attribute) and self._is_super(callee.value):
+            if callee.attr == "forward":
+                self._check_place("super().forward")
+                self.calls_super = True
+            else:
+                self._use(callee.attr)
+            self._visit_all(node.args, node.keywords)
+            return
+        function = self._resolve(callee)
+        if function is F.batch_norm:
+            self._check_place("F.batch_norm")
+            self._visit_batch_norm(node)
+            return
+        if function in (getattr, hasattr, isinstance) and self._is_layer(node.args[0]):
+            name = getattr(node.args[1], "value", None)
+            if function is getattr and not isinstance(name, str):
+                raise Unsafe("uses an attribute whose name is computed")
+            if function is getattr:
+                self._use(str(name))
+            self._visit_all(node.args[1:])
+            return
+        name = getattr(callee, "attr", getattr(callee, "id", None))
+        of_layer = isinstance(callee, ast.Attribute) and self._is_layer(callee.value)
+        if name in REDUCTIONS and function is not sum and not of_layer:
+            raise Unsafe(f"computes statistics by {ast.unparse(callee)}")
+        self.generic_visit(node)
+
+    def _visit_batch_norm(self, node: ast.Call) -> None:
+        arguments: dict[Any, ast.expr] = dict(zip(ARGUMENTS, node.args, strict=False))
+        arguments |= {keyword.arg: keyword.value for keyword in node.keywords}
+        if None in arguments or any(isinstance(value, ast.Starred) for value in node.args):
+            raise Unsafe("unpacks arguments into F.batch_norm")
+        for name in STATISTICS:
+            if not self._is_own(arguments.pop(name, None), name):
+                raise Unsafe(f"calls F.batch_norm with another {name} than its own")
+        self._visit_all(arguments.values())
+        self.normalizations.append(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if self._is_layer(node.value):
+            self._use(node.attr)
+        elif self._is_super(node.value):
+            if node.attr == "forward":
+                raise Unsafe("takes super().forward without calling it")
+            self._use(node.attr)
+        else:
+            self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id == self.layer:
+            raise Unsafe("passes its layer to another function")
+        if node.id in self.buffers and isinstance(node.ctx, ast.Load):
+            raise Unsafe(f"uses self.{self.buffers[node.id]} outside of F.batch_norm")
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        of_buffer = self._is_counter(node.left) or any(
+            self._is_own(node.left, name) for name in STATISTICS
+        )
+        if not (of_buffer and _compares_with_none(node)):
+            self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if not (isinstance(node.targets[0], ast.Name) and node.targets[0].id in self.buffers):
+            self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        added = node.value if isinstance(node.op, ast.Add) else None
+        if not (self._is_counter(node.target) and self._counts(node, added)):
+            self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        match node.value:
+            case ast.Call(ast.Attribute(counter, "add_"), [added], []):
+                if self._is_counter(counter) and self._counts(node, added):
+                    return
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        match node:
+            case ast.BinOp(ast.Constant(1), ast.Div(), ast.Call(ast.Name("float"), [counter], [])):
+                if self._is_counter(counter):
+                    self.averages.append(node)
+                    return
+        self.generic_visit(node)
+
+    def _visit_all(self, *groups: Any) -> None:
+        for group in groups:
+            for node in group:
+                self.visit(node)
+
+    def _place(self) -> str | None:
+        """What speaks against a normalization at the node that is visited."""
+        return self.places[0] if self.places else CONDITION if self.returned_early else None
+
+    def _check_place(self, called: str) -> None:
+        if place := self._place():
+            raise Unsafe(f"calls {called} {place}")
+
+    def _use(self, name: str) -> None:
+        if name in (*STATISTICS, "_buffers", "__dict__"):
+            raise Unsafe(f"uses self.{name} outside of F.batch_norm")
+        self.counts_otherwise |= name == COUNTER
+        self.used.add((name, self._place()))
+
+    def _counts(self, node: ast.stmt, added: ast.expr | None) -> bool:
+        """Note that a statement counts a batch, if it does."""
+        counts = isinstance(added, ast.Constant) and added.value == 1 and not self._place()
+        self.counting += [node] * counts
+        return counts
+
+    def _is_layer(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.layer
+
+    def _is_counter(self, node: ast.AST) -> bool:
+        return (
+            isinstance(node, ast.Attribute) and node.attr == COUNTER and self._is_layer(node.value)
+        )
+
+    def _is_super(self, node: ast.AST) -> bool:
+        found = isinstance(node, ast.Call) and self._resolve(node.func) is super
+        self.names_its_class |= found and bool(node.args)  # type: ignore[attr-defined]
+        return found
+
+    def _is_own(self, node: ast.AST | None, name: str) -> bool:
+        """Whether an expression is a running statistic of the layer, or in some settings None."""
+        match node:
+            case ast.Attribute(layer, attribute):
+                return attribute == name and self._is_layer(layer)
+            case ast.Name(variable):
+                return self.buffers.get(variable) == name
+            case ast.IfExp(test, ast.Constant(None), way) | ast.IfExp(
+                test, way, ast.Constant(None)
+            ):
+                return self._is_common(test) and self._is_own(way, name)
+        return False
+
+    def _is_common(self, node: ast.AST) -> bool:
+        """Whether ranks get the same from an expression: from settings of the layer, and from what
+        their inputs have in common.
+        """
+        match node:
+            case ast.Name(name):
+                return name not in self.local or name == self.layer or name in self.settings
+            case ast.Attribute(value, attribute):
+                return attribute in COMMON or self._is_common(value)
+            case ast.Compare() if _compares_with_none(node):
+                return True
+            case ast.Call(ast.Attribute(_, "dim" | "is_floating_point"), []):
+                return True
+            case ast.Call(function):
+                if self._resolve(function) not in TELLING_COMMON:
+                    return False
+                return self._resolve(function) is isinstance or all(map(self._is_common, node.args))
+        return all(map(self._is_common, ast.iter_child_nodes(node)))
+
+    def _resolve(self, node: ast.AST) -> Any:
+        """What an expression of names and modules stands for, or None if it is anything else."""
+        match node:
+            case ast.Attribute(value, attribute):
+                module = self._resolve(value)
+                return (
+                    getattr(module, attribute, None)
+                    if isinstance(module, types.ModuleType)
+                    else None
+                )
+            case ast.Name(name) if name not in self.local:
+                return self.names.get(name)
+        return None
+
+    def _read_variables(self, definition: ast.FunctionDef) -> None:
+        """Find the variables that hold settings, and those that hold running statistics."""
+        code, cells = self.function.__code__, self.function.__closure__ or ()
+        free = dict(zip(code.co_freevars, cells, strict=True))
+        self.names = {**vars(builtins), **self.function.__globals__}
+        self.names |= {name: getattr(cell, "cell_contents", None) for name, cell in free.items()}
+        self.local = {*code.co_varnames, *code.co_cellvars}
+        self.settings: set[str] = set()
+        self.buffers: dict[str, str] = {}
+        nodes = list(ast.walk(definition))
+        values: dict[str, list[ast.expr]] = {}
+        for node in nodes:
+            match node:
+                case ast.Assign([ast.Name(name)], value):
+                    values.setdefault(name, []).append(value)
+        bound = collections.Counter(
+            node.arg if isinstance(node, ast.arg) else node.id
+            for node in nodes
+            if isinstance(node, ast.arg)
+            or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        )
+        assigned = {name: group for name, group in values.items() if bound[name] == len(group)}
+        for _ in assigned:  # a setting may be made from another
+            self.settings |= {
+                n for n, group in assigned.items() if all(map(self._is_common, group))
+            }
+        for name, group in assigned.items():
+            for statistic in STATISTICS:
+                own = [value for value in group if self._is_own(value, statistic)]
+                rest = [value for value in group if value not in own]
+                if own and all(isinstance(v, ast.Constant) and v.value is None for v in rest):
+                    self.buffers[name] = statistic
+
+
+class _Replacing(ast.NodeTransformer):
+    """Put nodes in the place of others, which are known by their id."""
+
+    def __init__(self, nodes: dict[int, ast.AST]) -> None:
+        self.nodes = nodes
+
+    def visit(self, node: ast.AST) -> Any:
+        if id(node) in self.nodes:
+            return ast.copy_location(self.nodes[id(node)], node)
+        return self.generic_visit(node)
+
+
+def _compares_with_none(node: ast.Compare) -> bool:
+    match node:
+        case ast.Compare(_, [ast.Is() | ast.IsNot()], [ast.Constant(None)]):
+            return True
+    return False
+
+
+def _source(function: types.FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
+    """The file that a function comes from, and its definition there.
+
+    Raises Unsafe where it cannot be found, or is not what the function was made from.
+    """
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    try:
+        tree = ast.parse("".join(lines))
+        same = _traits(_compiled(tree, code)) == _traits(code)
+    except (SyntaxError, LookupError):
+        same = False
+    if same:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+                first = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+                if min(first) == code.co_firstlineno:
+                    return tree, node
+    raise Unsafe("has no source at hand that it was made from")
+
+
+def _compiled(tree: ast.Module, code: types.CodeType) -> types.CodeType:
+    """The code of a function, from the file that it comes from.
+
+    The file is compiled as a whole, since a function's code depends on what surrounds it: on the
+    name of its class, variables of functions around it, and even on what the file imports.
+    """
+    flags = code.co_flags & FUTURES
+    codes = [compile(tree, code.co_filename, "exec", flags=flags, dont_inherit=True)]
+    for made in codes:
+        if (made.co_qualname, made.co_firstlineno) == (code.co_qualname, code.co_firstlineno):
+            return made
+        codes += [constant for constant in made.co_consts if isinstance(constant, types.CodeType)]
+    raise LookupError(code.co_qualname)
+
+
+def _traits(code: types.CodeType) -> tuple[Any, ...]:
+    """What a function does, wherever it stands."""
+    constants = [
+        _traits(constant) if isinstance(constant, types.CodeType) else repr(constant)
+        for constant in code.co_consts
+    ]
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    return code.co_code, *names, constants
