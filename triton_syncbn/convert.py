@@ -33,9 +33,7 @@ class BatchNorm(_BatchNorm):
             raise ValueError(f"input: expected shape (N, C, *spatial), got {input.shape}")
 
 
-def convert_layers(
-    module: torch.nn.Module, sync_class: Any, process_group: Any
-) -> torch.nn.Module:
+def convert_layers(module: torch.nn.Module, sync_class: Any, process_group: Any) -> torch.nn.Module:
     """Make every batch norm layer of a module a `sync_class`; see SyncBN.convert_sync_batchnorm."""
     _, sync_class = vars(sync_class).get("made_of", (None, sync_class))
     synchronized: dict[str, Any] = {}
@@ -46,15 +44,19 @@ def convert_layers(
             synchronized[name] = layer
         elif isinstance(layer, _BatchNorm):
             _check_exchangeable(name, layer)
-            if fault := _fault(layer):
+            layer_class: Any = type(layer)
+            fault = subclass_forward.fault(layer_class)
+            if "forward" in vars(layer):
+                fault = "has been replaced in this one layer"
+            if fault:
                 warnings.warn(
                     f"layer {name!r} is left unsynchronized: "
-                    f"the forward of {type(layer).__name__} {fault}",
+                    f"the forward of {layer_class.__name__} {fault}",
                     stacklevel=3,
                 )
-            else:
-                synchronized[name] = layer
-                classes[name] = synchronized_class(type(layer), sync_class)
+                continue
+            synchronized[name] = layer
+            classes[name] = synchronized_class(layer_class, sync_class)
     for name, layer in synchronized.items():  # nothing is changed before all have been checked
         if name in classes:
             layer.__dict__.update(
@@ -143,14 +145,7 @@ def _new_layer(layer_class: Any, sync_class: Any) -> Any:
     return made.__new__(made)
 
 
-def _fault(layer: Any) -> str | None:
-    """Why a layer is left alone, as what its forward does."""
-    if "forward" in vars(layer):
-        return "has been replaced in this one layer"
-    return subclass_forward.fault(type(layer))
-
-
-def _check_exchangeable(name: str, layer: Any) -> None:
+def _check_exchangeable(name: str, layer: _BatchNorm) -> None:
     """Raise ValueError where something holds on to the class of a layer."""
     kind = type(layer).__name__
     if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():

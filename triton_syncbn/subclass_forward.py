@@ -107,14 +107,15 @@ def fault(layer_class: Any) -> str | None:
         name, place = min(used - seen, key=str)
         seen.add((name, place))
         for owner in layer_class.__mro__:
-            function = vars(owner).get(name)
-            function = function.fget if isinstance(function, property) else function
+            attribute = vars(owner).get(name)
+            function = attribute.fget if isinstance(attribute, property) else attribute
             if owner in TORCH_CLASSES or not isinstance(function, types.FunctionType):
                 continue
             method = read(function)
             found = method.fault or _misfit(method, owner, layer_class)
-            if found is None and place and (method.calls_super or method.exchanged):
-                found = f"normalizes {place}"
+            if found is None and (method.calls_super or method.exchanged):
+                found = f"normalizes {place}" if place else None
+                found = "normalizes in a property" if function is not attribute else found
             if found:
                 return f"uses {name}, which {found}"
             used |= {(inner, place or inner_place) for inner, inner_place in method.used}
