@@ -156,11 +156,11 @@ def _check_exchangeable(name: str, layer: _BatchNorm) -> None:
     if is_parametrized(layer):
         raise ValueError(
             f"module: expected layers without parametrizations, got {kind} {name!r}; "
-            "convert the model first and parametrize it then"
+            "convert or revert a model before its layers are parametrized"
         )
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was not imported, none is wrapped
     if fsdp is not None and isinstance(layer, fsdp.FSDPModule):
         raise ValueError(
             f"module: expected layers that fully_shard has not wrapped, got {kind} {name!r}; "
-            "convert the model first and call fully_shard then"
+            "convert or revert a model before it is sharded"
         )

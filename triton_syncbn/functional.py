@@ -2,6 +2,7 @@
 communication.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ def _check_tensors(
 ) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a torch.Tensor, got {type(input).__name__}")
+    _check_dense("input", input)
     if input.dtype not in _DTYPES:
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.dim() < 2:
@@ -175,6 +177,7 @@ def _check_tensors(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+        _check_dense(name, tensor)
         if tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -190,6 +193,17 @@ def _check_tensors(
             )
         if name.startswith("running") and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for sparse, mkldnn and nested tensors, and those that are split over ranks."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind.strip('_')} one")
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        distributed = sys.modules.get("torch.distributed.tensor")  # imported where there is one
+        if distributed is not None and isinstance(tensor, distributed.DTensor):
+            raise TypeError(f"{name}: expected this rank's torch.Tensor, got a DTensor")
 
 
 def _check_counter(num_batches_tracked: Tensor, input: Tensor) -> None:
