@@ -196,7 +196,7 @@ def _check_tensors(
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for sparse, mkldnn and nested tensors, and those that are split over ranks."""
+    """Raise TypeError for sparse, mkldnn and nested tensors, and for what is split over ranks."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got a {kind.strip('_')} one")

@@ -78,7 +78,7 @@ class SyncBN(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, num_features, *spatial); see `sync_batch_norm`."""
-        if isinstance(input, Tensor):
+        if isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
             if input.dim() > 1 and input.shape[1] != self.num_features:
                 raise ValueError(
