@@ -135,12 +135,12 @@ BAD_CALLS = {
     "sparse": (
         lambda: {"input": torch.randn(2, CHANNELS, 3).to_sparse()},
         TypeError,
-        "input: expected a dense tensor, got a sparse_coo one",
+        "input: expected a dense torch.Tensor, got a sparse_coo one",
     ),
     "nested": (
         lambda: {"input": torch.nested.nested_tensor([torch.randn(CHANNELS, 3)] * 2)},
         TypeError,
-        "input: expected a dense tensor, got a nested one",
+        "input: expected a dense torch.Tensor, got a nested one",
     ),
     "jagged": (
         lambda: {
@@ -149,12 +149,12 @@ BAD_CALLS = {
             )
         },
         TypeError,
-        "input: expected a dense tensor, got a nested one",
+        "input: expected a dense torch.Tensor, got a nested one",
     ),
     "mkldnn": (
         lambda: {"input": torch.randn(2, CHANNELS, 3).to_mkldnn()},
         TypeError,
-        "input: expected a dense tensor, got a mkldnn one",
+        "input: expected a dense torch.Tensor, got a mkldnn one",
     ),
     "distributed": (
         lambda: {"input": distributed(torch.randn(2, CHANNELS, 3))},
