@@ -164,7 +164,7 @@ BAD_CALLS = {
     "distributed weight": (
         lambda: {"weight": distributed(torch.ones(CHANNELS))},
         TypeError,
-        "weight: expected this rank's torch.Tensor, got a DTensor",
+        "weight: expected this rank's torch.Tensor or None, got a DTensor",
     ),
     "weight elsewhere": (
         lambda: {"weight": torch.ones(CHANNELS, device="meta")},
