@@ -147,6 +147,9 @@ class BatchNormInMethod(nn.BatchNorm2d):
     def __slope(self):
         return 0.1 + self.eps
 
+    def _batch_norm(self, x):
+        return x
+
     def normalize(self, x, *, shift=0.5):
         if self.training:
             self.num_batches_tracked += 1
@@ -339,6 +342,22 @@ class ReturnsEarly(nn.BatchNorm2d):
         if empty:
             return x
         return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+@left_alone("calls F.batch_norm where a condition on which ranks may disagree decides")
+class TrainsIfNotEmpty(nn.BatchNorm2d):
+    def forward(self, x):
+        use_batch = self.training and len(x) > 0
+        return F.batch_norm(x, self.running_mean, self.running_var, training=use_batch)
+
+
+@left_alone("calls super.*forward where a condition on which ranks may disagree decides")
+class SkipsByVariable(nn.BatchNorm2d):
+    def forward(self, x):
+        skip = False
+        if x.shape[0] == 0:
+            skip = True
+        return x if skip else super().forward(x)
 
 
 @left_alone("calls super.*forward where a condition on which ranks may disagree decides")

@@ -10,6 +10,8 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from tests import subclasses
 from tests.ranks import counted_communication
@@ -123,22 +125,34 @@ def test_eval_gives_the_same_bits_before_and_after(layer_class, plain_torch):
     assert torch.equal(revert_sync_batchnorm(layer)(input), before)
 
 
-@pytest.mark.parametrize("layer_class", subclasses.SYNCHRONIZED)
-def test_a_compiled_layer_is_one_graph(layer_class, plain_torch):
+def compiled_steps_of_a_rank(rank, world_size, layer_class):
+    """How often the graphs of a compiled layer communicate, whose results are those of an eager
+    one.
+    """
     torch._dynamo.reset()
-    graphs = []
+    communicating = []
 
     def keep(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+        communicating.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
 
-    layers = [convert_sync_batchnorm(make_layer(layer_class)) for _ in range(2)]
-    compiled = torch.compile(layers[0], backend=keep, fullgraph=True)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(make_input()), layers[1](make_input()))
-    assert len(graphs) == 1
-    for name, buffer in layers[1].named_buffers():
-        torch.testing.assert_close(layers[0].get_buffer(name), buffer)
+    plain, layer = (convert_sync_batchnorm(make_layer(layer_class)) for _ in range(2))
+    input = make_input().split(SIZES)[rank].requires_grad_()
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    for step in range(2):
+        for one in (plain, compiled):
+            one(input + step).pow(3).sum().backward()
+    for name, tensor in [*plain.named_buffers(), *plain.named_parameters()]:
+        other = dict(layer.named_buffers()).get(name, dict(layer.named_parameters()).get(name))
+        torch.testing.assert_close(other, tensor)
+        torch.testing.assert_close(other.grad, tensor.grad)
+    return communicating
+
+
+@pytest.mark.parametrize("layer_class", subclasses.SYNCHRONIZED)
+def test_a_compiled_layer_is_one_graph_with_one_all_reduce_a_pass(layer_class, reference_ranks):
+    for graphs in reference_ranks.run(compiled_steps_of_a_rank, len(SIZES), layer_class):
+        assert graphs == [1, 1]
 
 
 @pytest.mark.parametrize("layer_class", subclasses.LEFT_ALONE)
@@ -161,6 +175,19 @@ def test_a_forward_of_one_layer_is_left_with_its_reason():
     with pytest.warns(UserWarning, match="has been replaced in this one layer"):
         convert_sync_batchnorm(layer)
     assert type(layer) is nn.BatchNorm2d
+
+
+def class_and_output(rank, world_size, layer):
+    return type(layer).__mro__[1].__name__, layer.eval()(make_input())
+
+
+@pytest.mark.parametrize("layer_class", subclasses.SYNCHRONIZED)
+def test_a_pickle_is_read_in_another_process(layer_class, reference_ranks):
+    layer = convert_sync_batchnorm(make_layer(layer_class))
+    expected = class_and_output(0, 1, layer)
+    ((name, output),) = reference_ranks.run(class_and_output, 1, layer)
+    assert name == expected[0]
+    assert torch.equal(output, expected[1])
 
 
 def test_without_running_statistics_eval_uses_the_batch_of_the_rank(plain_torch):

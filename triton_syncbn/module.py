@@ -101,7 +101,7 @@ class SyncBN(_BatchNorm):
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
 
-    def _batch_norm(
+    def _synchronized_batch_norm(
         self,
         input: Tensor,
         running_mean: Tensor | None,
@@ -158,12 +158,19 @@ class SyncBN(_BatchNorm):
     def convert_sync_batchnorm(
         cls, module: torch.nn.Module, process_group: Any = None
     ) -> torch.nn.Module:
-        """Turn every batch norm layer of a model into this class, in place.
+        """Synchronize every batch norm layer of a model, in place.
 
-        Converted are `torch.nn.BatchNorm1d`, `2d`, `3d`, `torch.nn.SyncBatchNorm`, and subclasses
-        that keep their forward; a subclass with a forward of its own is left as it is, with a
-        warning. A layer keeps its identity and all it holds: parameters, buffers, training flag,
-        hooks, attributes, and every name it is registered under.
+        A layer stays what it was: it keeps its identity and all it holds (parameters, buffers,
+        training flag, hooks, attributes, and every name it is registered under), and its new class
+        derives from its old one and this one. So it still is an instance of
+        `torch.nn.BatchNorm2d`, or of a subclass, with everything else that the forward of the
+        subclass does. Only of `torch.nn.SyncBatchNorm` it is none any more:
+        DistributedDataParallel refuses these on a CPU.
+
+        A subclass whose forward normalizes in a way that cannot be exchanged is left as it is, with
+        a warning that names the layer, its class and what its forward does. A forward can be
+        exchanged if it normalizes by `super().forward` or by `F.batch_norm` on its own running
+        statistics; `triton_syncbn.subclass_forward.fault` has the whole rule.
 
         Args:
             module: a model, or a layer.
@@ -174,7 +181,8 @@ class SyncBN(_BatchNorm):
             The module itself.
 
         Raises:
-            ValueError: a lazy layer has not seen its first input.
+            ValueError: a lazy layer has not seen its first input; or a layer is parametrized, or
+                wrapped by `fully_shard` (do these after the conversion). No layer has changed then.
         """
         return convert.convert_layers(module, cls, process_group)
 
@@ -184,5 +192,9 @@ class SyncBN(_BatchNorm):
 
         A layer that was made as a SyncBN becomes a `triton_syncbn.convert.BatchNorm`, batch
         normalization of each process alone. Returns the module itself.
+
+        Raises:
+            ValueError: a layer is parametrized, or wrapped by `fully_shard`. No layer has changed
+                then.
         """
         return convert.revert_layers(module, cls)

@@ -2,9 +2,10 @@
 normalization can be synchronized, and the same forward with that exchanged.
 
 `super().forward(x)` needs no exchange: the class that convert.py makes has SyncBN's forward there.
-`F.batch_norm(x, self.running_mean, ...)` becomes `self._batch_norm(x, self.running_mean, ...)`, in
-a function that is compiled from the source of the original and shares its globals, closure,
-defaults and line numbers. So a call costs nothing more, and nothing is patched that others use.
+Of `F.batch_norm(x, self.running_mean, ...)` the function alone is exchanged, for a method of SyncBN
+with the same arguments. That makes a function which is compiled from the source of the original and
+shares its globals, closure, defaults and line numbers. So a call costs nothing more, torch.compile
+sees plain Python, and nothing is patched that others use.
 """
 
 import __future__
@@ -203,7 +204,7 @@ class _Reader(ast.NodeVisitor):
         """The nodes that take the place of others, by the id of these."""
         layer = ast.Name(self.layer, ast.Load())
         nodes: dict[int, ast.AST] = {
-            id(call.func): ast.Attribute(layer, "_batch_norm", ast.Load())
+            id(call.func): ast.Attribute(layer, "_synchronized_batch_norm", ast.Load())
             for call in self.normalizations
         }
         if self.counting and not self.counts_otherwise:
@@ -248,7 +249,8 @@ class _Reader(ast.NodeVisitor):
             self._check_place("F.batch_norm")
             self._visit_batch_norm(node)
             return
-        if function in (getattr, hasattr, isinstance) and self._is_layer(node.args[0]):
+        of_layer = len(node.args) > 1 and self._is_layer(node.args[0])
+        if of_layer and function in (getattr, hasattr, isinstance):
             name = getattr(node.args[1], "value", None)
             if function is getattr and not isinstance(name, str):
                 raise Unsafe("uses an attribute whose name is computed")
@@ -270,6 +272,8 @@ class _Reader(ast.NodeVisitor):
         for name in STATISTICS:
             if not self._is_own(arguments.pop(name, None), name):
                 raise Unsafe(f"calls F.batch_norm with another {name} than its own")
+        if not self._is_common(arguments.get("training", node.func)):
+            raise Unsafe(f"calls F.batch_norm {CONDITION}")
         self._visit_all(arguments.values())
         self.normalizations.append(node)
 
@@ -375,6 +379,8 @@ class _Reader(ast.NodeVisitor):
         """Whether ranks get the same from an expression: from settings of the layer, and from what
         their inputs have in common.
         """
+        if type(node) in PLACES:
+            return False
         match node:
             case ast.Name(name):
                 return name not in self.local or name == self.layer or name in self.settings
@@ -391,15 +397,12 @@ class _Reader(ast.NodeVisitor):
         return all(map(self._is_common, ast.iter_child_nodes(node)))
 
     def _resolve(self, node: ast.AST) -> Any:
-        """What an expression of names and modules stands for, or None if it is anything else."""
+        """What an expression of modules and names stands for, or None if it is anything else."""
         match node:
             case ast.Attribute(value, attribute):
                 module = self._resolve(value)
-                return (
-                    getattr(module, attribute, None)
-                    if isinstance(module, types.ModuleType)
-                    else None
-                )
+                if isinstance(module, types.ModuleType):
+                    return getattr(module, attribute, None)
             case ast.Name(name) if name not in self.local:
                 return self.names.get(name)
         return None
@@ -413,29 +416,49 @@ class _Reader(ast.NodeVisitor):
         self.local = {*code.co_varnames, *code.co_cellvars}
         self.settings: set[str] = set()
         self.buffers: dict[str, str] = {}
-        nodes = list(ast.walk(definition))
-        values: dict[str, list[ast.expr]] = {}
-        for node in nodes:
-            match node:
-                case ast.Assign([ast.Name(name)], value):
-                    values.setdefault(name, []).append(value)
-        bound = collections.Counter(
-            node.arg if isinstance(node, ast.arg) else node.id
-            for node in nodes
-            if isinstance(node, ast.arg)
-            or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
-        )
-        assigned = {name: group for name, group in values.items() if bound[name] == len(group)}
-        for _ in assigned:  # a setting may be made from another
+        values, deciders = _assignments(definition)
+        size = -1
+        while size < len(self.settings):  # a setting may be made from another
+            size = len(self.settings)
             self.settings |= {
-                n for n, group in assigned.items() if all(map(self._is_common, group))
+                name
+                for name in values
+                if all(map(self._is_common, [*values[name], *deciders[name]]))
             }
-        for name, group in assigned.items():
+        for name, group in values.items():
             for statistic in STATISTICS:
-                own = [value for value in group if self._is_own(value, statistic)]
-                rest = [value for value in group if value not in own]
-                if own and all(isinstance(v, ast.Constant) and v.value is None for v in rest):
+                rest = [value for value in group if not self._is_own(value, statistic)]
+                none = all(map(_is_none, rest))
+                if len(rest) < len(group) and none and all(map(self._is_common, deciders[name])):
                     self.buffers[name] = statistic
+
+
+def _assignments(
+    definition: ast.FunctionDef,
+) -> tuple[dict[str, list[ast.expr]], dict[str, list[ast.AST]]]:
+    """What is assigned to variables that are bound by `name = value` alone; and what decides
+    whether it is, a condition or a loop.
+    """
+    values: dict[str, list[ast.expr]] = {}
+    deciders: dict[str, list[ast.AST]] = {}
+    bound: collections.Counter[str] = collections.Counter()
+
+    def collect(node: ast.AST, around: list[ast.AST]) -> None:
+        match node:
+            case ast.Assign([ast.Name(name)], value):
+                values.setdefault(name, []).append(value)
+                deciders.setdefault(name, []).extend(around)
+            case ast.arg(name) | ast.Name(name, ast.Store()):
+                bound[name] += 1
+        decider = node if type(node) in PLACES else None
+        decider = getattr(node, "test", getattr(node, "subject", decider))
+        for child in ast.iter_child_nodes(node):
+            collect(child, around if decider is None else [*around, decider])
+
+    for node in [definition.args, *definition.body]:
+        collect(node, [])
+    simple = {name: group for name, group in values.items() if bound[name] == len(group)}
+    return simple, deciders
 
 
 class _Replacing(ast.NodeTransformer):
@@ -450,11 +473,13 @@ class _Replacing(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+def _is_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
 def _compares_with_none(node: ast.Compare) -> bool:
-    match node:
-        case ast.Compare(_, [ast.Is() | ast.IsNot()], [ast.Constant(None)]):
-            return True
-    return False
+    identity = len(node.ops) == 1 and isinstance(node.ops[0], ast.Is | ast.IsNot)
+    return identity and _is_none(node.comparators[0])
 
 
 def _source(function: types.FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
