@@ -1,5 +1,5 @@
-"""What a method of a batch norm layer does with its layer, read in its source: how it normalizes, and
-what speaks against an exchange of that.
+"""What a method of a batch norm layer does with its layer, read in its source: how it normalizes,
+and what speaks against an exchange of that.
 """
 
 import ast
