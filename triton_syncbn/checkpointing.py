@@ -6,7 +6,9 @@ import threading
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 
 class _ThisThread(threading.local):
@@ -59,6 +61,13 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     Raises RuntimeError in backward where the layers of the block come in another order the second
     time.
     """
+    if torch.compiler.is_compiling():  # a checkpoint in a graph takes no contexts but of this kind
+        return create_selective_checkpoint_contexts(
+            [
+                torch.ops._c10d_functional.all_reduce.default,
+                torch.ops._c10d_functional.wait_tensor.default,
+            ]
+        )
     sums: list[tuple[str, Tensor]] = []
     return _Region(sums, again=False), _Region(sums, again=True)
 

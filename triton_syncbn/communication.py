@@ -97,7 +97,7 @@ def _all_reduce_checked(sums: Tensor, group: Any, layer_name: str, pass_name: st
 
 
 def _all_reduce_copy(sums: Tensor, group_name: str, layer_name: str, pass_name: str) -> Tensor:
-    group = dist.distributed_c10d._resolve_process_group(group_name)
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
     return all_reduce(sums.clone(), group, layer_name, pass_name)
 
 

@@ -59,15 +59,7 @@ def batch_norm(
     if group is not None:
         moments = _DifferentiableAllReduce.apply(moments, group, layer_name, "forward")
     mean, variance, count = reference.mean_and_variance(moments)
-    reference.update_running_statistics(
-        mean.detach(),
-        variance.detach(),
-        count.detach(),
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        momentum,
-    )
+    _update_buffers(mean, variance, count, running_mean, running_var, num_batches_tracked, momentum)
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
@@ -75,6 +67,22 @@ def batch_norm(
     if bias is not None:
         output = output + bias.double().view(per_channel)
     return output.to(input.dtype)
+
+
+def _update_buffers(
+    mean: Tensor, variance: Tensor, count: Tensor, running_mean: Tensor | None, *others: Any
+) -> None:
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return  # a checkpointed forward runs again, see ops.py
+    batch = (mean.detach(), variance.detach(), count.detach())
+    try:
+        reference.update_running_statistics(*batch, running_mean, *others)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "running_mean, running_var, num_batches_tracked: expected None (no running statistics) "
+            "or buffers that torch.func lets a function change: its own arguments, under vmap with "
+            f"a dimension to map over; {error}"
+        ) from error
 
 
 def gradients(
