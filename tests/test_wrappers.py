@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import counted_communication
-from triton_syncbn import convert_sync_batchnorm
+from triton_syncbn import checkpoint_contexts, convert_sync_batchnorm
 
 ROUNDING = 2.0**-8  # of bfloat16, relative
 # Rank 0 has 3 samples and rank 1 has 2, in each of two batches.
@@ -83,8 +84,8 @@ def full(value):
 
 def results(model, prefix=""):
     return (
-        {name.removeprefix(prefix): full(p.grad) for name, p in model.named_parameters()},
-        {name.removeprefix(prefix): b.clone() for name, b in model.named_buffers()},
+        {name.replace(prefix, ""): full(p.grad) for name, p in model.named_parameters()},
+        {name.replace(prefix, ""): b.clone() for name, b in model.named_buffers()},
     )
 
 
@@ -173,22 +174,28 @@ def test_fsdp1(reference_ranks):
         torch.testing.assert_close(answer, expected, rtol=1e-9, atol=1e-9)
 
 
-def fsdp2_step(rank, world_size, policy, dtype, each_block):
+def fsdp2_step(rank, world_size, policy, dtype, each_block, checkpointed=False):
     model = convert_sync_batchnorm(batch_norm_model()).to(dtype)
     mesh = init_device_mesh("cpu", (2,))
-    if each_block:
-        for block in model:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+    for index, block in enumerate(model):
+        if checkpointed:
+            model[index] = checkpoint_wrapper(block, context_fn=checkpoint_contexts)
+        if each_block:
+            fully_shard(model[index], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    model(BATCHES[0][SHARES[rank]].to(dtype)).square().sum().backward()
-    return results(model)
+    with counted_communication() as seen:
+        model(BATCHES[0][SHARES[rank]].to(dtype)).square().sum().backward()
+    passes = [shape for name, shape, _ in seen if name == "all_reduce"]
+    assert passes == [(9,), (9,), (8,), (8,)]
+    return results(model, "_checkpoint_wrapped_module.")
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("each_block", [False, True], ids=["whole", "blocks"])
-def test_fsdp2(each_block, reference_ranks):
+def test_fsdp2(each_block, checkpointed, reference_ranks):
     expected = one_process(BATCHES[:1])
     for answer in reference_ranks.run(
-        fsdp2_step, 2, MixedPrecisionPolicy(), torch.float64, each_block
+        fsdp2_step, 2, MixedPrecisionPolicy(), torch.float64, each_block, checkpointed
     ):
         torch.testing.assert_close(answer, expected, rtol=1e-9, atol=1e-9)
 
