@@ -1,8 +1,11 @@
-"""Graphs of compiled models: one collective a layer in each, and buffers that move once a step."""
+"""Collectives as torch's tools see them: one a layer in each graph of a compiled model, and one a
+pass for the counter of DTensor.
+"""
 
 import torch
 import torch._dynamo
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.distributed.tensor.debug import CommDebugMode
 
 from triton_syncbn import SyncBN
 
@@ -29,3 +32,14 @@ def test_one_collective_a_layer_in_each_graph(reference_ranks):
     for counts, batches in reference_ranks.run(collectives_of_graphs, 2):
         assert counts == [[name] * 2, [name] * 2]
         assert batches == [2, 2]
+
+
+def counted_by_torch(rank, world_size):
+    layer = SyncBN(3)
+    with CommDebugMode() as mode:
+        layer(torch.randn(2, 3).requires_grad_()).sum().backward()
+    return {str(name): count for name, count in mode.get_comm_counts().items()}
+
+
+def test_torch_counts_the_collectives(reference_ranks):
+    assert reference_ranks.run(counted_by_torch, 2) == [{"c10d.allreduce_": 2}] * 2

@@ -26,7 +26,9 @@ def mean_seen_by(group, rank):
 def groups_of_a_size(rank, world_size, size):
     group = sync_group(size)
     assert sync_group(size=size) is group
-    return dist.get_process_group_ranks(group), mean_seen_by(group, rank)
+    mean = mean_seen_by(group, rank)
+    dist.barrier()
+    return dist.get_process_group_ranks(group), mean
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,11 @@ def groups_of_agents(rank, world_size, agents):
     """As torchrun tells each rank the agent that started it."""
     os.environ["GROUP_RANK"] = agents[rank]
     try:
-        return dist.get_process_group_ranks(sync_group("node"))
+        ranks = dist.get_process_group_ranks(sync_group("node"))
     finally:
         del os.environ["GROUP_RANK"]
+    dist.barrier()  # who leaves at once breaks the connections that others are still making
+    return ranks
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,7 @@ def made_again_after_a_restart(rank, world_size, folder):
     )
     assert sync_group(1) is not again
     assert mean_seen_by(sync_group(1), rank) == [1.0 + 10 * rank, 2.0 + 10 * rank]
+    dist.barrier()
 
 
 def test_groups_end_with_torch_distributed(tmp_path, reference_ranks):
@@ -123,7 +128,9 @@ def synchronized_over_meshes(rank, world_size):
     input = torch.tensor([[0.0, 1.0], [2.0, 3.0]]) + 10.0 * rank
     torch.testing.assert_close(compiled(input), model(input))
     assert model[0].num_batches_tracked == 2
-    return mean_seen_by(square["replica"], rank)
+    mean = mean_seen_by(square["replica"], rank)
+    dist.barrier()
+    return mean
 
 
 def test_a_mesh_is_a_group(reference_ranks):

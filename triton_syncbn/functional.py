@@ -39,6 +39,10 @@ def sync_batch_norm(
     gradient); a process that is alone, or is not training, communicates nothing. Gradients of
     weight and bias are those of this rank's samples; DistributedDataParallel or FSDP reduce them.
 
+    Activation checkpointing computes a forward again in backward: that one moves no buffer, and
+    with `checkpoint_contexts` it sends nothing. Under torch.func, forward-mode AD and, of a process
+    that is alone, torch.export, the same is computed by operators of torch.
+
     Args:
         input: (N, C, *spatial) with any number of spatial dimensions, float16, bfloat16, float32 or
             float64. Contiguous and channels-last memory are read as they are, other strides
@@ -65,7 +69,9 @@ def sync_batch_norm(
         TypeError, ValueError: an argument is not what is said above, or not on the input's device;
             or a training batch of a process that is alone has one value a channel. Raised before
             any communication.
-        RuntimeError: the communication failed, as a rank died or did not come in time.
+        RuntimeError: the communication failed, as a rank died or did not come in time; or
+            torch.export of training with other ranks; or torch.func with buffers that it lets
+            nobody change, as with torch's own batch norm.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
     group = _group_to_synchronize(process_group, training, input.device)
