@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests.ranks import counted_communication
+from tests.support.ranks import counted_communication
 from triton_syncbn import SyncBN, checkpoint_contexts, function
 from triton_syncbn.checkpointing import keep_sums
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.ranks import counted_communication
+from tests.support.ranks import counted_communication
 from triton_syncbn import checkpoint_contexts, convert_sync_batchnorm
 
 ROUNDING = 2.0**-8  # of bfloat16, relative

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from tests import subclasses
+from tests.support import subclasses
 from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm
 
 CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

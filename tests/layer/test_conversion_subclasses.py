@@ -13,8 +13,8 @@ import torch.nn as nn
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from tests import subclasses
-from tests.ranks import counted_communication
+from tests.support import subclasses
+from tests.support.ranks import counted_communication
 from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm, subclass_forward
 
 CHANNELS = 3

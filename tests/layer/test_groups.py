@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.ranks import counted_communication
+from tests.support.ranks import counted_communication
 from triton_syncbn import SyncBN, convert_sync_batchnorm, sync_group
 
 
