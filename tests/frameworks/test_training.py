@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from tests.frameworks.train import one_process
+from tests.support import framework_training
 from tests.support.torchrun import printed_on_two_ranks
 
 pytestmark = pytest.mark.slow
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 def test_two_ranks_train_as_one_process(framework, tmp_path):
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"needs {framework}")
-    printed_on_two_ranks(pathlib.Path(__file__).with_name("train.py"), framework, str(tmp_path))
-    expected = one_process(str(tmp_path)).state_dict()
+    printed_on_two_ranks(pathlib.Path(framework_training.__file__), framework, str(tmp_path))
+    expected = framework_training.one_process(str(tmp_path)).state_dict()
     assert expected["body.1.num_batches_tracked"] == 2
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     # float64; sums in another order

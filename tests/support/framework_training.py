@@ -1,6 +1,6 @@
 """Train a model by a framework, in each process that torchrun starts, or in this one alone.
 
-python train.py FRAMEWORK FOLDER writes what rank r ends with to FOLDER/r.pt.
+python framework_training.py FRAMEWORK FOLDER writes what rank r ends with to FOLDER/r.pt.
 """
 
 import os
