@@ -43,18 +43,16 @@ def _patch_language_once_a_launch() -> None:
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[frozenset[str]] = set()  # in the present launch
+    patched: list[set[int]] = []  # in the present launch
 
     @functools.cache
     def languages(function):
-        modules = {"language": tl, "core": tl.core}
-        seen = {id(value) for value in function.__globals__.values()}
-        return frozenset(name for name, module in modules.items() if id(module) in seen)
+        return {id(tl), id(tl.core)}.intersection(map(id, function.__globals__.values()))
 
     def patch_once(function):
         if languages(function) in patched:
             return None
-        patched.add(languages(function))
+        patched.append(languages(function))
         return patch(function)
 
     def launch_unpatched(self, *arguments, **named):
