@@ -1,5 +1,7 @@
 """Add up the sums of programs that share a channel, in the same launch and in a fixed order."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -8,46 +10,50 @@ from triton.runtime import driver
 COMBINED_AT_ONCE = tl.constexpr(1024)  # partial sums that one program reads in a step
 
 
-@triton.jit
-def add_splits(
-    first,
-    second,
-    partials,
-    arrivals,
-    block,
-    channel,
-    mask,
-    channels,
-    split,
-    splits,
-    SPLIT: tl.constexpr,
-):
-    """Leave this program's two sums a channel; the program that comes last adds those of all.
+class Part(NamedTuple):
+    """What a program reduces: part `split` of `splits` of a block of channels."""
 
-    first, second: float64 [1, K]. partials: float64 [splits, 2, channels]. arrivals: int32, one a
-    block of channels, 0 between launches. Returns the totals, and whether this program holds them.
+    block: tl.tensor
+    split: tl.tensor
+    splits: tl.tensor
+
+
+@triton.jit
+def part_of_program(splits):
+    """Programs that share a block of channels are numbered one after the other."""
+    return Part(tl.program_id(0) // splits, tl.program_id(0) % splits, splits)
+
+
+@triton.jit
+def add_splits(first, second, partials, arrivals, part, channel, sizes):
+    """Leave this program's two sums per channel; the program that comes last adds those of all.
+
+    first, second: float64 [1, K]. partials: float64 [splits, 2, C], or None where each program has
+    its channels to itself. arrivals: int32, one per block of channels, 0 between launches. Returns
+    the totals, and whether this program holds them.
     """
-    if SPLIT:
-        mine = partials + 2 * split.to(tl.int64) * channels
-        tl.store(mine + channel, first, mask=mask)
-        tl.store(mine + channels + channel, second, mask=mask)
+    if partials is None:
+        holds_totals = part.split == 0
+    else:
+        mine = partials + 2 * part.split.to(tl.int64) * sizes.channels
+        tl.store(mine + channel.index, first, mask=channel.mask)
+        tl.store(mine + sizes.channels + channel.index, second, mask=channel.mask)
         tl.debug_barrier()  # every thread's stores come before the arrival that publishes them
-        last = tl.atomic_add(arrivals + block, 1, sem="acq_rel") == splits - 1
+        arrived = tl.atomic_add(arrivals + part.block, 1, sem="acq_rel")
+        holds_totals = arrived == part.splits - 1
         BLOCK: tl.constexpr = COMBINED_AT_ONCE // first.shape[1] if first.shape[1] > 8 else 128
         first = tl.zeros_like(first)
         second = tl.zeros_like(second)
-        for start in range(0, tl.where(last, splits, 0), BLOCK):
-            index = start + tl.arange(0, BLOCK)[:, None].to(tl.int64)
-            theirs = partials + 2 * index * channels + channel
-            present = (index < splits) & mask
-            one = tl.load(theirs, mask=present, other=0.0, cache_modifier=".cg")
-            two = tl.load(theirs + channels, mask=present, other=0.0, cache_modifier=".cg")
+        for start in range(0, tl.where(holds_totals, part.splits, 0), BLOCK):
+            split = start + tl.arange(0, BLOCK)[:, None].to(tl.int64)
+            theirs = partials + 2 * split * sizes.channels + channel.index
+            mask = (split < part.splits) & channel.mask
+            one = tl.load(theirs, mask=mask, other=0.0, cache_modifier=".cg")
+            two = tl.load(theirs + sizes.channels, mask=mask, other=0.0, cache_modifier=".cg")
             first += tl.sum(one, axis=0, keep_dims=True)
             second += tl.sum(two, axis=0, keep_dims=True)
-        tl.store(arrivals + block, 0, mask=last)
-    else:
-        last = split == 0
-    return first, second, last
+        tl.store(arrivals + part.block, 0, mask=holds_totals)
+    return first, second, holds_totals
 
 
 _arrivals: dict[tuple[int | None, int], torch.Tensor] = {}

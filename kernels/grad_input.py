@@ -9,18 +9,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .indexing import geometry
-from .launch_config import LaunchConfig, compute_dtype, output_grid
+from .indexing import Sizes, geometry
+from .launch_config import LaunchConfig, tiling, writer_programs
 from .output_indexing import (
-    channels_of_tile,
+    channels_of_walk,
+    load_for_the_last_time,
     locate_output_tile,
     spread,
-    tiles_of_program,
+    walk_of_program,
 )
 from .statistics import (
-    cast_down,
+    convert_to,
     inverse,
     inverse_root,
+    load_channels,
     load_parameter,
     mean_and_variance,
     split_high_low,
@@ -42,95 +44,41 @@ def grad_input_kernel(
     columns,
     splits,
     reciprocal,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    SPAN_ROWS: tl.constexpr,
-    INDEX: tl.constexpr,
-    ALIGNED: tl.constexpr = False,
+    TILING: tl.constexpr,
 ):
-    block, last, first, end = tiles_of_program(
-        tl.program_id(0),
-        rows,
-        channels,
-        columns,
-        splits,
-        CHANNELS_LAST,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-        INDEX,
-    )
-    channel, mask, row = channels_of_tile(
-        last,
-        block,
-        channels,
-        columns,
-        reciprocal,
-        CHANNELS_LAST,
-        VECTOR,
-        BLOCK_COLUMNS,
-        SPAN_ROWS,
-        INDEX,
-        ALIGNED,
-    )
-    if not CHANNELS_LAST:  # the one block is on its way while coefficients are computed
-        offsets, present = locate_output_tile(
-            last,
-            block,
-            rows,
-            channels,
-            columns,
-            CHANNELS_LAST,
-            VECTOR,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            INDEX,
-        )
-        present = present & (first < end)
-        grad = tl.load(
-            grad_output + offsets, mask=present, other=0.0, eviction_policy="evict_first"
-        )
-        value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
-    mean, variance, count = mean_and_variance(moments, channel, mask, channels)
+    sizes = Sizes(rows, channels, columns)
+    walk = walk_of_program(tl.program_id(0), splits, sizes, TILING)
+    channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
+    if not TILING.channels_last:  # the one block is on its way while coefficients are computed
+        offsets, mask = locate_output_tile(walk.last, walk.block, sizes, TILING)
+        mask = mask & (walk.begin < walk.end)
+        grad = load_for_the_last_time(grad_output, offsets, mask)
+        value = load_for_the_last_time(input, offsets, mask)
+    mean, variance, count = mean_and_variance(moments, channel, sizes)
     rstd = inverse_root(variance + eps)
-    share = inverse(tl.maximum(count, 1.0))
-    grad_mean = tl.load(grad_moments + channel, mask=mask, other=0.0) * share
-    product_mean = tl.load(grad_moments + channels + channel, mask=mask, other=0.0) * share
-    mean_high, mean_low = split_high_low(mean, COMPUTE)
-    grad_high, grad_low = split_high_low(grad_mean, COMPUTE)
+    inverse_count = inverse(tl.maximum(count, 1.0))
+    grad_mean = load_channels(grad_moments, channel) * inverse_count
+    product_mean = load_channels(grad_moments + channels, channel) * inverse_count
+    mean_high, mean_low = split_high_low(mean, TILING)
+    grad_high, grad_low = split_high_low(grad_mean, TILING)
     # dx = (dy - grad_high) * scale + (x - mean_high) * slope + shift
-    scale = load_parameter(weight, channel, mask, 1.0) * rstd
+    scale = load_parameter(weight, channel, 1.0) * rstd
     slope = -scale * rstd * product_mean
     shift = -scale * grad_low - slope * mean_low
-    mean_high = spread(mean_high, row, CHANNELS_LAST, SPAN_ROWS)
-    grad_high = spread(grad_high, row, CHANNELS_LAST, SPAN_ROWS)
-    scale = spread(scale.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
-    slope = spread(slope.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
-    shift = spread(shift.to(COMPUTE), row, CHANNELS_LAST, SPAN_ROWS)
-    for number in range(first, end, splits):
-        if CHANNELS_LAST:
-            offsets, present = locate_output_tile(
-                last - number,
-                block,
-                rows,
-                channels,
-                columns,
-                CHANNELS_LAST,
-                VECTOR,
-                BLOCK_ROWS,
-                BLOCK_COLUMNS,
-                INDEX,
-            )
-            grad = tl.load(
-                grad_output + offsets, mask=present, other=0.0, eviction_policy="evict_first"
-            )
-            value = tl.load(input + offsets, mask=present, other=0.0, eviction_policy="evict_first")
-        result = (grad.to(COMPUTE) - grad_high) * scale + (
-            (value.to(COMPUTE) - mean_high) * slope + shift
+    mean_high = spread(mean_high, owner, TILING)
+    grad_high = spread(grad_high, owner, TILING)
+    scale = spread(scale.to(TILING.compute), owner, TILING)
+    slope = spread(slope.to(TILING.compute), owner, TILING)
+    shift = spread(shift.to(TILING.compute), owner, TILING)
+    for step in range(walk.begin, walk.end, splits):
+        if TILING.channels_last:
+            offsets, mask = locate_output_tile(walk.last - step, walk.block, sizes, TILING)
+            grad = load_for_the_last_time(grad_output, offsets, mask)
+            value = load_for_the_last_time(input, offsets, mask)
+        result = (grad.to(TILING.compute) - grad_high) * scale + (
+            (value.to(TILING.compute) - mean_high) * slope + shift
         )
-        tl.store(grad_input + offsets, cast_down(result, grad_input.dtype.element_ty), mask=present)
+        tl.store(grad_input + offsets, convert_to(result, grad_input.dtype.element_ty), mask=mask)
 
 
 def grad_input(
@@ -151,7 +99,7 @@ def grad_input(
     shape = geometry(input)
     config = config or lookup("grad_input", shape, input.dtype, input.device)
     output = torch.empty_like(input)
-    programs, span_rows, reciprocal, index = output_grid(shape, config)
+    programs, reciprocal = writer_programs(shape, config)
     if input.numel() == 0:
         return output
     grad_input_kernel[(programs,)](
@@ -165,16 +113,9 @@ def grad_input(
         shape.rows,
         shape.channels,
         shape.columns,
-        config.programs,
+        config.splits,
         reciprocal,
-        CHANNELS_LAST=shape.channels_last,
-        VECTOR=shape.vector,
-        COMPUTE=compute_dtype(input),
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_COLUMNS=config.block_columns,
-        SPAN_ROWS=span_rows,
-        INDEX=index,
-        ALIGNED=shape.columns % shape.vector == 0,
+        TILING=tiling(shape, config, input.dtype, writes_map=True),
         num_warps=config.num_warps,
     )
     return output

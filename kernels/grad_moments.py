@@ -9,17 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .combine import add_splits, workspace
+from .combine import add_splits, part_of_program, workspace
 from .indexing import (
+    Sizes,
     channels_of_block,
-    cut_rows,
     geometry,
-    lanes_between,
     locate_tile,
+    mask_of_channel,
     sum_over_values,
+    tiles_of_block,
 )
-from .launch_config import LaunchConfig, compute_dtype, index_dtype, reduction_blocks
-from .statistics import cast_down, inverse_root, mean_and_variance, split_high_low
+from .launch_config import LaunchConfig, reduction_blocks, tiling
+from .statistics import convert_to, inverse_root, mean_and_variance, split_high_low
 from .tuned_configs import lookup
 
 
@@ -38,91 +39,56 @@ def grad_moments_kernel(
     channels,
     columns,
     splits,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr = False,
-    INDEX: tl.constexpr = tl.int64,
+    TILING: tl.constexpr,
 ):
     """Program b * splits + s reduces tiles s, s + splits, ... of channel (or channels' block) b."""
-    block = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    channel, mask = channels_of_block(block, channels, CHANNELS_LAST, BLOCK_COLUMNS)
-    tiles = tl.cdiv(rows, BLOCK_ROWS)
-    if not CHANNELS_LAST:
-        tiles *= cut_rows(columns, VECTOR, BLOCK_COLUMNS)[0]
+    sizes = Sizes(rows, channels, columns)
+    part = part_of_program(splits)
+    channel = channels_of_block(part.block, sizes, TILING)
+    tiles = tiles_of_block(sizes, TILING)
 
-    offsets, load, begin, end, _number = locate_tile(
-        split,
-        block,
-        rows,
-        channels,
-        columns,
-        CHANNELS_LAST,
-        VECTOR,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-        ALIGNED,
-        INDEX,
-    )
-    grad = tl.load(grad_output + offsets, mask=load, other=0.0)
-    value = tl.load(input + offsets, mask=load, other=0.0)
+    tile = locate_tile(part.split, part.block, sizes, TILING)
+    grad = tl.load(grad_output + tile.offsets, mask=tile.mask, other=0.0)
+    value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
 
-    mean, variance, _count = mean_and_variance(moments, channel, mask, channels)
+    mean, variance, _count = mean_and_variance(moments, channel, sizes)
     rstd = inverse_root(variance + eps)
-    mean_high, mean_low = split_high_low(mean, COMPUTE)
-    offset = (-rstd * mean_low).to(COMPUTE)
-    rstd = rstd.to(COMPUTE)
+    mean_high, mean_low = split_high_low(mean, TILING)
+    offset = (-rstd * mean_low).to(TILING.compute)
+    rstd = rstd.to(TILING.compute)
 
-    grads = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
-    products = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
-    for tile in range(split, tiles, splits):
-        valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
-        this_grad = tl.where(valid, grad.to(COMPUTE), 0.0)
-        normalized = (value.to(COMPUTE) - mean_high) * rstd + offset
-        product = tl.where(valid, grad.to(COMPUTE) * normalized, 0.0)
+    grads = tl.full(TILING.tile, 0.0, TILING.compute)
+    products = tl.full(TILING.tile, 0.0, TILING.compute)
+    for number in range(part.split, tiles, splits):
+        mask = mask_of_channel(tile, TILING)
+        this_grad = tl.where(mask, grad.to(TILING.compute), 0.0)
+        normalized = (value.to(TILING.compute) - mean_high) * rstd + offset
+        product = tl.where(mask, grad.to(TILING.compute) * normalized, 0.0)
         # The next tile is on its way while this one is added up; after the last one, nothing is.
-        offsets, load, begin, end, _number = locate_tile(
-            tile + splits,
-            block,
-            rows,
-            channels,
-            columns,
-            CHANNELS_LAST,
-            VECTOR,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            ALIGNED,
-            INDEX,
-        )
-        grad = tl.load(grad_output + offsets, mask=load, other=0.0)
-        value = tl.load(input + offsets, mask=load, other=0.0)
+        tile = locate_tile(number + splits, part.block, sizes, TILING)
+        grad = tl.load(grad_output + tile.offsets, mask=tile.mask, other=0.0)
+        value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
         grads += this_grad
         products += product
 
-    first, second, last = add_splits(
-        sum_over_values(grads, CHANNELS_LAST).to(tl.float64),
-        sum_over_values(products, CHANNELS_LAST).to(tl.float64),
+    grad_sum, product_sum, holds_totals = add_splits(
+        sum_over_values(grads, TILING).to(tl.float64),
+        sum_over_values(products, TILING).to(tl.float64),
         partials,
         arrivals,
-        block,
+        part,
         channel,
-        mask,
-        channels,
-        split,
-        splits,
-        SPLIT,
+        sizes,
     )
-    mask = mask & last
-    tl.store(grad_moments + channel, first, mask=mask)
-    tl.store(grad_moments + channels + channel, second, mask=mask)
+    mask = channel.mask & holds_totals
+    tl.store(grad_moments + channel.index, grad_sum, mask=mask)
+    tl.store(grad_moments + channels + channel.index, product_sum, mask=mask)
     if grad_bias is not None:
-        tl.store(grad_bias + channel, cast_down(first, grad_bias.dtype.element_ty), mask=mask)
+        sums = convert_to(grad_sum, grad_bias.dtype.element_ty)
+        tl.store(grad_bias + channel.index, sums, mask=mask)
     if grad_weight is not None:
-        tl.store(grad_weight + channel, cast_down(second, grad_weight.dtype.element_ty), mask=mask)
+        sums = convert_to(product_sum, grad_weight.dtype.element_ty)
+        tl.store(grad_weight + channel.index, sums, mask=mask)
 
 
 def grad_moments(
@@ -151,8 +117,8 @@ def grad_moments(
     grad_bias = torch.empty(
         shape.channels if bias_dtype else 0, dtype=bias_dtype, device=input.device
     )
-    partials, arrivals = workspace(input, shape.channels, blocks, config.programs)
-    grad_moments_kernel[(blocks * config.programs,)](
+    partials, arrivals = workspace(input, shape.channels, blocks, config.splits)
+    grad_moments_kernel[(blocks * config.splits,)](
         output,
         grad_weight if weight_dtype else None,
         grad_bias if bias_dtype else None,
@@ -165,15 +131,8 @@ def grad_moments(
         shape.rows,
         shape.channels,
         shape.columns,
-        config.programs,
-        CHANNELS_LAST=shape.channels_last,
-        VECTOR=shape.vector,
-        COMPUTE=compute_dtype(input),
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_COLUMNS=config.block_columns,
-        SPLIT=config.programs > 1,
-        ALIGNED=shape.columns % shape.vector == 0,
-        INDEX=index_dtype(shape),
+        config.splits,
+        TILING=tiling(shape, config, input.dtype),
         num_warps=config.num_warps,
     )
     return output, grad_weight, grad_bias

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .indexing import Geometry, count_tiles, span_of_row
+from .indexing import Geometry, Tiling, count_tiles, span_of_row
 
 REDUCTIONS = ("moments", "grad_moments")
 WRITERS = ("normalize", "grad_input")
@@ -15,42 +15,54 @@ WRITERS = ("normalize", "grad_input")
 # the last place even for data whose roundings do not average out (masks, one-hot inputs), and the
 # harm of an outlier in the first tile.
 LONGEST_CHAIN = 64
-MOST_PROGRAMS = 65535  # that share a channel
+MOST_SPLITS = 65535
 VECTORS_OF_THREAD = 4  # 16-byte loads in flight in each thread, of all the tensors it reads
-MOST_WARPS = 4
-RESIDENT_WARPS = 16  # of 128 registers a thread: so many fit a multiprocessor of any GPU
-RESIDENT_SMALL_WARPS = 24  # of 80 registers
-START = 2  # what a program costs beside its tiles, in tiles
+WARPS_OF_PROGRAM = 4
+RESIDENT_WARPS = 16  # of 128 registers per thread: so many fit a multiprocessor of any GPU
+RESIDENT_SMALL_WARPS = 24  # of 80 registers per thread
+TILES_OF_OVERHEAD = 2  # what a program costs beside its tiles
 MOST_WAVES = 8
 MOST_ROWS_OF_WARP = 64  # that a flat block touches: their coefficients are held in registers
 MULTIPROCESSORS_OF_INTERPRETER = 4  # enough to split reductions, few enough to run in Python
-# From here on offsets are 64-bit. A program asks for one tile more than it has, which may lie as
-# far past the end as the end is far.
+# Elements from which on offsets are 64-bit, which takes twice the instructions. A program asks for
+# one tile more than it has, which may lie as far past the end as the end is far.
 WIDE_FROM = 2**30
 
 
 class LaunchConfig(NamedTuple):
-    """block_rows x block_columns elements a tile; `programs` share a channel; warps of a program.
+    """A tile of block_rows x block_columns elements, how the work is split, and the warps of a
+    program.
 
-    The two kernels that write a map the size of the input walk channels-first memory flat, in
-    blocks of block_columns elements. There block_rows is 1, and `programs` is into how many equal
-    parts the tensor is cut, that are walked side by side.
+    A channel, or a block of channels, is split over `splits` programs. The two kernels that write a
+    map walk channels-first memory flat, in blocks of block_columns elements with block_rows 1:
+    there the tensor is split into `splits` equal parts, which are walked side by side.
     """
 
     block_rows: int
     block_columns: int
-    programs: int
+    splits: int
     num_warps: int
 
 
-def compute_dtype(tensor: torch.Tensor) -> tl.dtype:
-    """The dtype a kernel computes in: float64 for float64 input, else float32."""
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
-
-
-def index_dtype(shape: Geometry) -> tl.dtype:
-    """The dtype of offsets: 64 bits where 32 may not suffice; they take twice the instructions."""
-    return tl.int64 if shape.values * shape.channels >= WIDE_FROM else tl.int32
+@functools.lru_cache(maxsize=4096)
+def tiling(
+    shape: Geometry, config: LaunchConfig, dtype: torch.dtype, *, writes_map: bool = False
+) -> Tiling:
+    """What a kernel knows when it is compiled: how it walks a tensor of this shape and dtype."""
+    span_rows = 1
+    if writes_map and not shape.channels_last:
+        most_rows = triton.cdiv(config.block_columns, max(shape.columns, 2)) + 1
+        span_rows = triton.next_power_of_2(most_rows)
+    return Tiling(
+        shape.channels_last,
+        shape.vector,
+        shape.aligned,
+        config.block_rows,
+        config.block_columns,
+        span_rows,
+        tl.int64 if shape.elements >= WIDE_FROM else tl.int32,
+        tl.float64 if dtype == torch.float64 else tl.float32,
+    )
 
 
 @functools.cache
@@ -67,53 +79,56 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
     kernel: "moments", "grad_moments", "normalize" or "grad_input".
     """
     tensors_read = 2 if kernel in ("grad_moments", "grad_input") else 1
-    of_warp = 32 * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
+    elements_of_warp = 32 * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
     if kernel in REDUCTIONS or shape.channels_last:
-        if kernel == "moments" and _apart(shape):
-            of_warp //= 2
-        return _tiles(kernel, shape, of_warp, multiprocessors)
+        if kernel == "moments" and _rows_share_vectors(shape):
+            elements_of_warp //= 2
+        return _tiles(kernel, shape, elements_of_warp, multiprocessors)
     # Each warp computes the coefficients of its channels anew, so that it takes many elements.
-    if kernel == "grad_input" and shape.columns % shape.vector == 0 and shape.vector >= 4:
-        of_warp *= 2
-    while of_warp > max(MOST_ROWS_OF_WARP * shape.columns, 32):
-        of_warp //= 2
-    block = of_warp * MOST_WARPS
-    elements = shape.values * shape.channels
-    while block > of_warp and elements < 2 * block * multiprocessors:
+    if kernel == "grad_input" and shape.aligned and shape.vector >= 4:
+        elements_of_warp *= 2
+    while elements_of_warp > max(MOST_ROWS_OF_WARP * shape.columns, 32):
+        elements_of_warp //= 2
+    block = elements_of_warp * WARPS_OF_PROGRAM
+    while block > elements_of_warp and shape.elements < 2 * block * multiprocessors:
         block //= 2
     # Where the channels do not all run at once, the reduction leaves the last of them in the cache,
     # of every sample. So all samples are walked side by side, from the last channel to the first.
     before = REDUCTIONS[WRITERS.index(kernel)]
     reduction = default_config(before, shape, multiprocessors)
-    one_by_one = shape.channels * reduction.programs > slots(
+    one_by_one = shape.channels * reduction.splits > slots(
         before, shape, reduction, multiprocessors
     )
-    return LaunchConfig(1, block, max(shape.rows, 1) if one_by_one else 1, block // of_warp)
+    return LaunchConfig(
+        1, block, max(shape.rows, 1) if one_by_one else 1, block // elements_of_warp
+    )
 
 
-def _apart(shape: Geometry) -> bool:
-    """Whether the elements of a vector may belong to two rows: each then takes registers of its
-    own, which fills them where a vector holds eight.
+def _rows_share_vectors(shape: Geometry) -> bool:
+    """Whether eight elements of a vector may belong to two rows: each then takes registers of its
+    own, which fills them.
     """
-    return not shape.channels_last and shape.columns % shape.vector != 0 and shape.vector > 4
+    return not shape.channels_last and not shape.aligned and shape.vector > 4
 
 
 def slots(kernel: str, shape: Geometry, config: LaunchConfig, multiprocessors: int) -> int:
     """Programs that run at the same time, as far as their registers go."""
-    small = kernel == "moments" and _apart(shape)
+    small = kernel == "moments" and _rows_share_vectors(shape)
     resident = RESIDENT_SMALL_WARPS if small else RESIDENT_WARPS
     return resident // config.num_warps * multiprocessors
 
 
-def _tiles(kernel: str, shape: Geometry, of_warp: int, multiprocessors: int) -> LaunchConfig:
-    """Tiles of so many elements a warp, and programs that keep all multiprocessors busy.
+def _tiles(
+    kernel: str, shape: Geometry, elements_of_warp: int, multiprocessors: int
+) -> LaunchConfig:
+    """Tiles of so many elements per warp, and splits that keep all multiprocessors busy.
 
     A channels-first channel is added up by single warps, which need not wait for each other; where
     channels are added up side by side, larger programs leave fewer partial sums behind.
     """
-    most = of_warp
+    most = elements_of_warp
     if shape.channels_last:
-        most *= MOST_WARPS
+        most *= WARPS_OF_PROGRAM
         block_columns = min(triton.next_power_of_2(shape.channels), 64)
         if 0 < shape.channels % 64 <= 32 < shape.channels:
             block_columns = 32  # fewer lanes without a channel
@@ -121,34 +136,34 @@ def _tiles(kernel: str, shape: Geometry, of_warp: int, multiprocessors: int) -> 
         longest = max(span_of_row(shape), shape.vector)
         block_columns = min(triton.next_power_of_2(longest), most)
     block_rows = min(most // block_columns, triton.next_power_of_2(max(shape.rows, 1)))
-    warps = max(block_rows * block_columns // of_warp, 1)
+    warps = max(block_rows * block_columns // elements_of_warp, 1)
     config = LaunchConfig(block_rows, block_columns, 1, warps)
     tiles = count_tiles(shape, block_rows, block_columns)
     blocks = reduction_blocks(shape, config)
     available = slots(kernel, shape, config, multiprocessors)
 
     def cost(config: LaunchConfig) -> tuple[int, int]:
-        """Waves times the tiles of the longest program; then, how many programs."""
-        waves = triton.cdiv(blocks * config.programs, available)
-        return waves * (triton.cdiv(tiles, config.programs) + START), config.programs
+        """Waves times the tiles of the longest program; then, the splits."""
+        waves = triton.cdiv(blocks * config.splits, available)
+        return waves * (triton.cdiv(tiles, config.splits) + TILES_OF_OVERHEAD), config.splits
 
     filling = (max(waves * available // blocks, 1) for waves in range(1, MOST_WAVES + 1))
     return min(
-        (fit_programs(kernel, shape, config._replace(programs=programs)) for programs in filling),
+        (fit_splits(kernel, shape, config._replace(splits=splits)) for splits in filling),
         key=cost,
     )
 
 
-def fit_programs(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchConfig:
-    """The config with its `programs` made to fit a shape: each has a tile, none has a chain that is
-    too long, and parts that are walked side by side are samples.
+def fit_splits(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchConfig:
+    """The config with its `splits` made to fit a shape: each program has a tile, none has a chain
+    that is too long, and parts that are walked side by side are samples.
     """
     if kernel in WRITERS and not shape.channels_last:
-        return config._replace(programs=max(shape.rows, 1) if config.programs > 1 else 1)
+        return config._replace(splits=max(shape.rows, 1) if config.splits > 1 else 1)
     tiles = count_tiles(shape, config.block_rows, config.block_columns)
     fewest = triton.cdiv(tiles, LONGEST_CHAIN) if kernel in REDUCTIONS else 1
-    programs = min(max(config.programs, fewest), tiles, MOST_PROGRAMS)
-    return config._replace(programs=max(programs, 1))
+    splits = min(max(config.splits, fewest), tiles, MOST_SPLITS)
+    return config._replace(splits=max(splits, 1))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,18 +182,9 @@ def reduction_blocks(shape: Geometry, config: LaunchConfig) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def output_grid(shape: Geometry, config: LaunchConfig) -> tuple[int, int, int, tl.dtype]:
-    """How a map is written: programs, rows that a flat block can touch, 2**32 / columns rounded up,
-    and the dtype of offsets.
-
-    Channels-last maps are written in tiles, channels-first maps in blocks of consecutive elements.
-    """
+def writer_programs(shape: Geometry, config: LaunchConfig) -> tuple[int, int]:
+    """How many programs write a map, and 2**32 / columns rounded up, which divides by columns."""
     if shape.channels_last:
-        programs = triton.cdiv(shape.channels, config.block_columns) * config.programs
-        return programs, 1, 0, index_dtype(shape)
-    elements = shape.values * shape.channels
-    columns = max(shape.columns, 2)
-    span_rows = triton.next_power_of_2(triton.cdiv(config.block_columns, columns) + 1)
-    programs = triton.cdiv(triton.cdiv(elements, config.block_columns), config.programs)
-    programs *= config.programs
-    return programs, span_rows, triton.cdiv(2**32, columns), index_dtype(shape)
+        return triton.cdiv(shape.channels, config.block_columns) * config.splits, 0
+    blocks_of_split = triton.cdiv(triton.cdiv(shape.elements, config.block_columns), config.splits)
+    return blocks_of_split * config.splits, triton.cdiv(2**32, max(shape.columns, 2))

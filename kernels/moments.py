@@ -10,16 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .combine import add_splits, workspace
+from .combine import add_splits, part_of_program, workspace
 from .indexing import (
+    Sizes,
     channels_of_block,
-    cut_rows,
     geometry,
-    lanes_between,
     locate_tile,
+    mask_of_channel,
     sum_over_values,
+    tiles_of_block,
 )
-from .launch_config import LaunchConfig, compute_dtype, index_dtype, reduction_blocks
+from .launch_config import LaunchConfig, reduction_blocks, tiling
 from .tuned_configs import lookup
 
 
@@ -33,90 +34,53 @@ def moments_kernel(
     channels,
     columns,
     splits,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr = False,
-    INDEX: tl.constexpr = tl.int64,
+    TILING: tl.constexpr,
 ):
     """Program b * splits + s reduces tiles s, s + splits, ... of channel (or channels' block) b."""
-    block = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    channel, mask = channels_of_block(block, channels, CHANNELS_LAST, BLOCK_COLUMNS)
-    tiles = tl.cdiv(rows, BLOCK_ROWS)
-    if not CHANNELS_LAST:
-        tiles *= cut_rows(columns, VECTOR, BLOCK_COLUMNS)[0]
+    sizes = Sizes(rows, channels, columns)
+    part = part_of_program(splits)
+    channel = channels_of_block(part.block, sizes, TILING)
+    tiles = tiles_of_block(sizes, TILING)
 
-    offsets, load, begin, end, number = locate_tile(
-        split,
-        block,
-        rows,
-        channels,
-        columns,
-        CHANNELS_LAST,
-        VECTOR,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
-        ALIGNED,
-        INDEX,
-    )
-    value = tl.load(input + offsets, mask=load, other=0.0)
-    valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
-    shift = sum_over_values(tl.where(valid, value.to(COMPUTE), 0.0), CHANNELS_LAST) / tl.maximum(
-        number, 1
-    ).to(COMPUTE)
-    deviations = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
-    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=COMPUTE)
-    values = tl.zeros_like(number).to(INDEX)
-    for tile in range(split, tiles, splits):
-        valid = lanes_between(begin, end, CHANNELS_LAST, VECTOR, BLOCK_COLUMNS, ALIGNED)
-        deviation = tl.where(valid, value.to(COMPUTE) - shift, 0.0)
-        values += number
+    tile = locate_tile(part.split, part.block, sizes, TILING)
+    value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
+    first_values = tl.where(mask_of_channel(tile, TILING), value.to(TILING.compute), 0.0)
+    shift = sum_over_values(first_values, TILING)
+    shift /= tl.maximum(tile.count, 1).to(TILING.compute)
+    deviations = tl.full(TILING.tile, 0.0, TILING.compute)
+    squares = tl.full(TILING.tile, 0.0, TILING.compute)
+    values = tl.zeros_like(tile.count).to(TILING.index)
+    for number in range(part.split, tiles, splits):
+        mask = mask_of_channel(tile, TILING)
+        deviation = tl.where(mask, value.to(TILING.compute) - shift, 0.0)
+        values += tile.count
         # The next tile is on its way while this one is added up; after the last one, nothing is.
-        offsets, load, begin, end, number = locate_tile(
-            tile + splits,
-            block,
-            rows,
-            channels,
-            columns,
-            CHANNELS_LAST,
-            VECTOR,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            ALIGNED,
-            INDEX,
-        )
-        value = tl.load(input + offsets, mask=load, other=0.0)
+        tile = locate_tile(number + splits, part.block, sizes, TILING)
+        value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
         deviations += deviation
         squares += deviation * deviation
 
     shift = shift.to(tl.float64)
-    deviations = sum_over_values(deviations, CHANNELS_LAST).to(tl.float64)
-    squares = sum_over_values(squares, CHANNELS_LAST).to(tl.float64)
+    deviations = sum_over_values(deviations, TILING).to(tl.float64)
+    squares = sum_over_values(squares, TILING).to(tl.float64)
     shifted = shift * values.to(tl.float64)
-    first, second, last = add_splits(
+    total, total_of_squares, holds_totals = add_splits(
         shifted + deviations,
         squares + shift * (2.0 * deviations + shifted),
         partials,
         arrivals,
-        block,
+        part,
         channel,
-        mask,
-        channels,
-        split,
-        splits,
-        SPLIT,
+        sizes,
     )
-    tl.store(moments + channel, first, mask=mask & last)
-    tl.store(moments + channels + channel, second, mask=mask & last)
-    count = tl.arange(0, 1).to(tl.int64) + rows
+    mask = channel.mask & holds_totals
+    tl.store(moments + channel.index, total, mask=mask)
+    tl.store(moments + channels + channel.index, total_of_squares, mask=mask)
+    zero = tl.arange(0, 1)
     tl.store(
-        moments + 2 * channels + tl.arange(0, 1),
-        (count * columns).to(tl.float64),
-        mask=last & (block == 0),
+        moments + 2 * channels + zero,
+        ((zero.to(tl.int64) + rows) * columns).to(tl.float64),
+        mask=holds_totals & (part.block == 0),
     )
 
 
@@ -131,8 +95,8 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
     config = config or lookup("moments", shape, input.dtype, input.device)
     blocks = reduction_blocks(shape, config)
     output = torch.empty(2 * shape.channels + 1, dtype=torch.float64, device=input.device)
-    partials, arrivals = workspace(input, shape.channels, blocks, config.programs)
-    moments_kernel[(blocks * config.programs,)](
+    partials, arrivals = workspace(input, shape.channels, blocks, config.splits)
+    moments_kernel[(blocks * config.splits,)](
         output,
         input,
         partials,
@@ -140,15 +104,8 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
         shape.rows,
         shape.channels,
         shape.columns,
-        config.programs,
-        CHANNELS_LAST=shape.channels_last,
-        VECTOR=shape.vector,
-        COMPUTE=compute_dtype(input),
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_COLUMNS=config.block_columns,
-        SPLIT=config.programs > 1,
-        ALIGNED=shape.columns % shape.vector == 0,
-        INDEX=index_dtype(shape),
+        config.splits,
+        TILING=tiling(shape, config, input.dtype),
         num_warps=config.num_warps,
     )
     return output

@@ -1,143 +1,111 @@
-"""Where a program writes a map of the input's size, and whose each element of it is.
+"""Where a program writes a map of the input's size, and which channel each element belongs to.
 
 Channels-last maps are written in tiles, channels-first maps in flat blocks of consecutive elements.
 Both are taken from the end of the tensor to its start: what the reduction before has read last is
 still in the cache.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .indexing import locate_tile
+from .indexing import Channels, locate_tile
+
+
+class Walk(NamedTuple):
+    """What a program writes: of a block of channels the tiles `last - step`, for `step` in
+    range(begin, end, splits). A flat block is the tile of a channels-first map.
+    """
+
+    block: tl.tensor
+    last: tl.tensor
+    begin: tl.tensor
+    end: tl.tensor
 
 
 @triton.jit
-def tiles_of_program(
-    program,
-    rows,
-    channels,
-    columns,
-    splits,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """What a program writes: a block of channels, and of it the tiles `last - number` for `number`
-    in range(first, end, splits).
-
-    Tiles are taken from the end of the tensor to its start; flat blocks, of which a program has one
-    or none, from the ends of `splits` equal parts of the tensor to their starts.
+def walk_of_program(program, splits, sizes, TILING: tl.constexpr):
+    """Tiles are taken from the end of the tensor to its start; flat blocks, of which a program has
+    one or none, from the ends of `splits` equal parts of the tensor to their starts.
     """
-    if CHANNELS_LAST:
-        blocks = tl.cdiv(channels, BLOCK_COLUMNS)
+    if TILING.channels_last:
+        blocks = tl.cdiv(sizes.channels, TILING.block_columns)
         block = program % blocks
-        first = program // blocks
-        end = tl.cdiv(rows, BLOCK_ROWS)
-        last = end - 1
+        begin = program // blocks
+        end = tl.cdiv(sizes.rows, TILING.block_rows)
+        return Walk(block, end - 1, begin, end)
     else:
-        block = 0
-        elements = rows.to(INDEX) * channels * columns
-        flat_blocks = tl.cdiv(elements, BLOCK_COLUMNS)
+        elements = sizes.rows.to(TILING.index) * sizes.channels * sizes.columns
+        flat_blocks = tl.cdiv(elements, TILING.block_columns)
         last = flat_blocks - 1 - program
         if splits > 1:
             step = program.to(tl.uint32) // splits.to(tl.uint32)
             part = program - step.to(tl.int32) * splits
             last = (splits - part) * tl.cdiv(flat_blocks, splits) - 1 - step.to(tl.int32)
-        first = 0
         end = tl.where(last < flat_blocks, 1, 0)
-        last = tl.minimum(last, flat_blocks - 1)
-    return block, last, first, end
+        return Walk(0, tl.minimum(last, flat_blocks - 1), 0, end)
 
 
 @triton.jit
-def channels_of_tile(
-    tile,
-    block,
-    channels,
-    columns,
-    reciprocal,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    SPAN_ROWS: tl.constexpr,
-    INDEX: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """The channels that a program writes, [K]; which of them exist; whose each element of it is.
-
-    ALIGNED: rows are whole numbers of vectors, so that the elements of a vector have one owner.
+def channels_of_walk(walk, sizes, reciprocal, TILING: tl.constexpr):
+    """The channels that a program writes, [K], and for each element of a tile, which of these K it
+    belongs to.
     """
-    lane = tl.arange(0, BLOCK_COLUMNS)
-    if CHANNELS_LAST:
-        channel = block * BLOCK_COLUMNS + lane
-        row = lane
+    lane = tl.arange(0, TILING.block_columns)
+    if TILING.channels_last:
+        index = walk.block * TILING.block_columns + lane
+        owner = lane
     else:
-        start = tile.to(INDEX) * BLOCK_COLUMNS
-        if tl.int32 == INDEX:  # unsigned, it takes half the instructions
-            first_row = (start.to(tl.uint32) // columns.to(tl.uint32)).to(tl.int32)
-            first_channel = first_row.to(tl.uint32) % channels.to(tl.uint32)
+        start = walk.last.to(TILING.index) * TILING.block_columns
+        if tl.int32 == TILING.index:  # unsigned, it takes half the instructions
+            first_row = (start.to(tl.uint32) // sizes.columns.to(tl.uint32)).to(tl.int32)
+            first_channel = first_row.to(tl.uint32) % sizes.channels.to(tl.uint32)
         else:
-            first_row = start // columns
-            first_channel = first_row % channels
-        position = (start - first_row * columns).to(tl.int32)
-        channel = first_channel.to(tl.int32) + tl.arange(0, SPAN_ROWS)
-        if ALIGNED:
-            lane = lane // VECTOR * VECTOR
-        if SPAN_ROWS == 2:
-            channel = tl.where(channel < channels, channel, channel - channels)
-            row = (lane >= tl.minimum(columns - position, BLOCK_COLUMNS)).to(tl.int32)
+            first_row = start // sizes.columns
+            first_channel = first_row % sizes.channels
+        position = (start - first_row * sizes.columns).to(tl.int32)
+        index = first_channel.to(tl.int32) + tl.arange(0, TILING.span_rows)
+        if TILING.aligned:  # the elements of a vector have one owner
+            lane = lane // TILING.vector * TILING.vector
+        if TILING.span_rows == 2:
+            index = tl.where(index < sizes.channels, index, index - sizes.channels)
+            boundary = tl.minimum(sizes.columns - position, TILING.block_columns)
+            owner = (lane >= boundary).to(tl.int32)
         else:  # divides by columns, exactly: they are few enough for the rounding of the reciprocal
-            channel %= channels
+            index %= sizes.channels
             numerator = (position + lane).to(tl.uint32)
-            row = tl.umulhi(numerator, reciprocal.to(tl.uint32)).to(tl.int32)
-    return channel, channel < channels, row
+            owner = tl.umulhi(numerator, reciprocal.to(tl.uint32)).to(tl.int32)
+    return Channels(index, index < sizes.channels), owner
 
 
 @triton.jit
-def locate_output_tile(
-    tile,
-    block,
-    rows,
-    channels,
-    columns,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Offsets and mask of a tile, [BLOCK_ROWS, BLOCK_COLUMNS], or of a flat block, one row."""
-    if CHANNELS_LAST:
-        offsets, mask, _begin, _end, _number = locate_tile(
-            tile,
-            block,
-            rows,
-            channels,
-            columns,
-            CHANNELS_LAST,
-            VECTOR,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            False,
-            INDEX,
-        )
+def locate_output_tile(number, block, sizes, TILING: tl.constexpr):
+    """Offsets and mask of a tile, [block_rows, block_columns], or of a flat block, one row."""
+    if TILING.channels_last:
+        tile = locate_tile(number, block, sizes, TILING)
+        return tile.offsets, tile.mask
     else:
-        lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
-        start = tile.to(INDEX) * BLOCK_COLUMNS
-        left = tl.minimum(rows.to(INDEX) * channels * columns - start, BLOCK_COLUMNS)
-        offsets = start + lane
-        mask = lane // VECTOR * VECTOR < left.to(tl.int32)
-    return offsets, mask
+        lane = tl.arange(0, TILING.block_columns)[None, :]
+        start = number.to(TILING.index) * TILING.block_columns
+        elements = sizes.rows.to(TILING.index) * sizes.channels * sizes.columns
+        left = tl.minimum(elements - start, TILING.block_columns)
+        return start + lane, lane // TILING.vector * TILING.vector < left.to(tl.int32)
 
 
 @triton.jit
-def spread(coefficient, row, CHANNELS_LAST: tl.constexpr, SPAN_ROWS: tl.constexpr):
-    """Bring one value a channel to each element of a tile: [1, BLOCK_COLUMNS]."""
-    if CHANNELS_LAST:
+def load_for_the_last_time(tensor, offsets, mask):
+    """Load what a pass needs no more: it makes room in the cache before anything else does."""
+    return tl.load(tensor + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def spread(coefficient, owner, TILING: tl.constexpr):
+    """Bring one value per channel to each element of a tile: [1, block_columns]."""
+    if TILING.channels_last:
         return coefficient[None, :]
-    elif SPAN_ROWS == 2:
+    elif TILING.span_rows == 2:
         first, second = tl.split(coefficient)
-        return tl.where(row > 0, second, first)[None, :]
+        return tl.where(owner > 0, second, first)[None, :]
     else:
-        return tl.gather(coefficient, row, axis=0)[None, :]
+        return tl.gather(coefficient, owner, axis=0)[None, :]

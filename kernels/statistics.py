@@ -50,28 +50,34 @@ def inverse_root(value):
 
 
 @triton.jit
-def mean_and_variance(moments, channel, mask, channels):
-    """Mean and biased variance, float64 like `channel`, and the count; an empty batch has mean and
+def load_channels(values, channel):
+    """One value per channel; 0 for channels that do not exist."""
+    return tl.load(values + channel.index, mask=channel.mask, other=0.0)
+
+
+@triton.jit
+def mean_and_variance(moments, channel, sizes):
+    """Mean and biased variance of each channel, float64, and the count; an empty batch has mean and
     variance 0. Equal values have variance 0, and a NaN stays one.
     """
-    count = tl.load(moments + 2 * channels)
-    share = inverse(tl.maximum(count, 1.0))
-    mean = tl.load(moments + channel, mask=mask, other=0.0) * share
-    mean_of_squares = tl.load(moments + channels + channel, mask=mask, other=0.0) * share
+    count = tl.load(moments + 2 * sizes.channels)
+    inverse_count = inverse(tl.maximum(count, 1.0))
+    mean = load_channels(moments, channel) * inverse_count
+    mean_of_squares = load_channels(moments + sizes.channels, channel) * inverse_count
     variance = -tl.fma(mean, mean, -mean_of_squares)  # -mean would be one more instruction
     return mean, tl.where(variance < mean_of_squares * NOISE_OF_VARIANCE, 0.0, variance), count
 
 
 @triton.jit
-def split_high_low(value, COMPUTE: tl.constexpr):
+def split_high_low(value, TILING: tl.constexpr):
     """A number of the compute dtype, and what it lacks of a float64 one."""
-    high = value.to(COMPUTE)
+    high = value.to(TILING.compute)
     return high, value - high.to(tl.float64)
 
 
 @triton.jit
-def cast_down(value, dtype: tl.constexpr):
-    """Round to a storage dtype, by way of float32 if it is shorter."""
+def convert_to(value, dtype: tl.constexpr):
+    """Convert to the dtype of a tensor in memory; float64 to half precision by way of float32."""
     if dtype == tl.float64:
         return value.to(tl.float64)
     else:
@@ -79,9 +85,9 @@ def cast_down(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_parameter(parameter, channel, mask, default):
+def load_parameter(parameter, channel, default):
     """weight or bias of each channel in float64, or the default where the layer has none."""
     if parameter is None:
-        return tl.zeros_like(channel).to(tl.float64) + default
+        return tl.zeros_like(channel.index).to(tl.float64) + default
     else:
-        return tl.load(parameter + channel, mask=mask, other=0.0).to(tl.float64)
+        return load_channels(parameter, channel).to(tl.float64)

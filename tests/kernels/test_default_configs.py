@@ -3,8 +3,7 @@
 import math
 
 import pytest
-from candidates import empty_input
-from cases import read_cases, suites
+from layers.cases import read_cases, suites
 
 pytest.importorskip("triton")
 
@@ -15,10 +14,11 @@ from triton_syncbn.kernels.launch_config import (
     REDUCTIONS,
     WRITERS,
     default_config,
-    output_grid,
     reduction_blocks,
+    writer_programs,
 )
-from triton_syncbn.kernels.tuned_configs import bucket_of, check_config
+from triton_syncbn.kernels.tuned_configs import bucket_of
+from tuning.config_check import check_config
 
 GPUS = {  # multiprocessors
     "A100": 108,
@@ -32,13 +32,13 @@ GPUS = {  # multiprocessors
 }
 DTYPES = ["bf16", "fp32", "fp64"]
 CASES = read_cases(suites(), DTYPES, ["channels_first", "channels_last"])
-SEEN = [(case, geometry(empty_input(case))) for case in CASES]
+SEEN = [(case, geometry(case.without_memory())) for case in CASES]
 
 
 def programs_of(name, shape, config):
     if name in WRITERS:
-        return output_grid(shape, config)[0]
-    return reduction_blocks(shape, config) * config.programs
+        return writer_programs(shape, config)[0]
+    return reduction_blocks(shape, config) * config.splits
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -67,14 +67,14 @@ def test_a_default_fits_all_shapes_that_it_may_meet(name, gpu):
     """
     for case, shape in SEEN:
         config = default_config(name, shape, GPUS[gpu])
-        check_config(bucket_of(name, shape, empty_input(case).dtype), config)
+        check_config(bucket_of(name, shape, case.without_memory().dtype), config)
         tile = config.block_rows * config.block_columns
         assert tile <= 128 * max(shape.vector, 4) * launch_config.VECTORS_OF_THREAD
         if name in REDUCTIONS or shape.channels_last:
             tiles = count_tiles(shape, config.block_rows, config.block_columns)
-            assert config.programs <= tiles
+            assert config.splits <= tiles
             if name in REDUCTIONS:
-                assert tiles <= config.programs * launch_config.LONGEST_CHAIN
+                assert tiles <= config.splits * launch_config.LONGEST_CHAIN
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -93,7 +93,7 @@ def test_the_last_wave_of_a_reduction_is_not_nearly_empty(name, gpu):
         if tiles * blocks < 16 * slots:
             continue
         seen += 1
-        waves = triton.cdiv(blocks * config.programs, slots)
-        longest = waves * triton.cdiv(tiles, config.programs)
+        waves = triton.cdiv(blocks * config.splits, slots)
+        longest = waves * triton.cdiv(tiles, config.splits)
         assert longest <= 1.6 * tiles * blocks / slots, (case, config)
     assert seen > 5

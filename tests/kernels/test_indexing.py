@@ -24,35 +24,23 @@ SHAPES = [(3, 11, 2**27), (3, 1024, 2**21 + 16), (40, 24, 2**22 + 3), (2**20 + 1
 def reduction_tile(
     offsets,
     valid,
-    tile,
+    number,
     block,
     rows,
     channels,
     columns,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INDEX: tl.constexpr = tl.int64,
+    TILING: tl.constexpr,
 ):
-    """What a program of a reduction reads as its tile number `tile`."""
-    place, _load, begin, end, _number = indexing.locate_tile(
-        tile,
-        block + tl.program_id(0),
-        rows,
-        channels,
-        columns,
-        CHANNELS_LAST,
-        VECTOR,
-        ROWS,
-        COLUMNS,
-        False,
-        INDEX,
+    """What a program of a reduction reads as its tile number `number`."""
+    sizes = indexing.Sizes(rows, channels, columns)
+    tile = indexing.locate_tile(number, block + tl.program_id(0), sizes, TILING)
+    row, lane = (
+        tl.arange(0, TILING.block_rows)[:, None],
+        tl.arange(0, TILING.block_columns)[None, :],
     )
-    is_valid = indexing.lanes_between(begin, end, CHANNELS_LAST, VECTOR, COLUMNS, False)
-    out = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(offsets + out, place)
-    tl.store(valid + out, is_valid)
+    out = row * TILING.block_columns + lane
+    tl.store(offsets + out, tile.offsets)
+    tl.store(valid + out, indexing.mask_of_channel(tile, TILING))
 
 
 @triton.jit
@@ -63,24 +51,16 @@ def output_block(
     rows,
     channels,
     columns,
-    COLUMNS: tl.constexpr,
-    SPAN_ROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INDEX: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """What a program that writes a channels-first map writes, and to which channel each belongs."""
-    block, tile, _first, _end = output_indexing.tiles_of_program(
-        tl.program_id(0) + program, rows, channels, columns, 1, False, 1, COLUMNS, INDEX
-    )
-    channel, _mask, row = output_indexing.channels_of_tile(
-        tile, block, channels, columns, 0, False, VECTOR, COLUMNS, SPAN_ROWS, INDEX, False
-    )
-    place, _present = output_indexing.locate_output_tile(
-        tile, block, rows, channels, columns, False, VECTOR, 1, COLUMNS, INDEX
-    )
-    lane = tl.arange(0, COLUMNS)[None, :]
+    sizes = indexing.Sizes(rows, channels, columns)
+    walk = output_indexing.walk_of_program(tl.program_id(0) + program, 1, sizes, TILING)
+    channel, owner = output_indexing.channels_of_walk(walk, sizes, 0, TILING)
+    place, _mask = output_indexing.locate_output_tile(walk.last, walk.block, sizes, TILING)
+    lane = tl.arange(0, TILING.block_columns)[None, :]
     tl.store(offsets + lane, place)
-    tl.store(owners + lane, output_indexing.spread(channel, row, False, SPAN_ROWS))
+    tl.store(owners + lane, output_indexing.spread(channel.index, owner, TILING))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,10 +76,8 @@ def test_the_last_tile_of_a_reduction_is_where_it_should_be(shape, layout, devic
     tile = indexing.count_tiles(seen, tile_rows, COLUMNS) - 1
     offsets = torch.empty((tile_rows, COLUMNS), dtype=torch.int64, device=device)
     valid = torch.zeros((tile_rows, COLUMNS), dtype=torch.bool, device=device)
-    reduction_tile[(1,)](
-        *(offsets, valid, tile, block, rows, channels, columns),
-        *(last, vector, tile_rows, COLUMNS),
-    )
+    tiling = indexing.Tiling(last, vector, False, tile_rows, COLUMNS, 1, tl.int64, tl.float32)
+    reduction_tile[(1,)](offsets, valid, tile, block, rows, channels, columns, tiling)
     found = offsets[valid].cpu().numpy()
     elements = samples * channels * positions
     assert found.max() == elements - 1
@@ -117,14 +95,13 @@ def test_a_tile_past_the_end_holds_nothing_in_32_bits(layout, device):
 
     rows, tile_rows = launch_config.WIDE_FROM - 1, 64
     tiles = triton.cdiv(rows, tile_rows)
-    programs = tiles  # no launch has more of them for a channel
-    tile = tiles - 1 + programs
+    splits = tiles  # no launch has more of them
+    tile = tiles - 1 + splits
     offsets = torch.zeros((tile_rows, 1), dtype=torch.int64, device=device)
     valid = torch.ones((tile_rows, 1), dtype=torch.bool, device=device)
-    reduction_tile[(1,)](
-        *(offsets, valid, tile, 0, rows, 1, 1),
-        *(layout == "channels_last", 1, tile_rows, 1, tl.int32),
-    )
+    last = layout == "channels_last"
+    tiling = indexing.Tiling(last, 1, False, tile_rows, 1, 1, tl.int32, tl.float32)
+    reduction_tile[(1,)](offsets, valid, tile, 0, rows, 1, 1, tiling)
     assert not valid.any()
 
 
@@ -149,14 +126,12 @@ def test_the_last_block_that_is_written_is_where_it_should_be(shape, device):
     samples, channels, positions = shape
     seen = indexing.Geometry(False, samples, channels, positions, VECTOR)
     config = launch_config.LaunchConfig(1, COLUMNS, 1, 4)
-    programs, span_rows, _reciprocal, index = launch_config.output_grid(seen, config)
+    programs, _reciprocal = launch_config.writer_programs(seen, config)
+    tiling = launch_config.tiling(seen, config, torch.float32, writes_map=True)
     elements = samples * channels * positions
     for program in (0, programs // 3, programs - 1):
         offsets, owners = torch.empty((2, COLUMNS), dtype=torch.int64, device=device)
-        output_block[(1,)](
-            *(offsets, owners, program, samples, channels, positions),
-            *(COLUMNS, span_rows, VECTOR, index),
-        )
+        output_block[(1,)](offsets, owners, program, samples, channels, positions, tiling)
         start = (programs - 1 - program) * COLUMNS  # from the end of the tensor to its start
         expected = np.arange(start, start + COLUMNS)
         assert (offsets.cpu().numpy() == expected).all()

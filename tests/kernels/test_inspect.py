@@ -40,6 +40,6 @@ def test_all_loads_of_a_tile_are_under_way_at_a_time_and_registers_suffice(tmp_p
         "normalize": 4,
         "grad_input": 8,
     }
-    assert (kernels["stack"] == 0).all()
+    assert (kernels["spilled"] == 0).all()
     assert (kernels.registers <= 128).all()
     assert kernels.accesses.str.contains("LDG128").all()

@@ -122,11 +122,11 @@ def test_offsets_of_64_bits(layout, device, monkeypatch):
     results = []
     for threshold in (launch_config.WIDE_FROM, 0):
         monkeypatch.setattr(launch_config, "WIDE_FROM", threshold)
-        launch_config.output_grid.cache_clear()
+        launch_config.tiling.cache_clear()
         output = kernel("normalize", device)(input, moments, None, None, eps=1e-5)
         grad_input = kernel("grad_input", device)(input, input, moments, sums, None, 1e-5)
         results.append((output, grad_input))
-    launch_config.output_grid.cache_clear()
+    launch_config.tiling.cache_clear()
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 

@@ -100,5 +100,5 @@ def test_samples_are_written_side_by_side_where_channels_are_read_one_after_anot
     reduction = launch_config.REDUCTIONS[launch_config.WRITERS.index(name)]
     config = default_config(reduction, shape, 132)
     slots = launch_config.slots(reduction, shape, config, 132)
-    waves = -(-channels * config.programs // slots)
-    assert default_config(name, shape, 132).programs == (4 if waves > 1 else 1)
+    waves = -(-channels * config.splits // slots)
+    assert default_config(name, shape, 132).splits == (4 if waves > 1 else 1)

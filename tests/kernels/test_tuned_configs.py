@@ -23,6 +23,8 @@ from triton_syncbn.kernels import launch_config, tuned_configs
 from triton_syncbn.kernels.indexing import Geometry, geometry
 from triton_syncbn.kernels.launch_config import LaunchConfig, default_config
 from triton_syncbn.kernels.tuned_configs import Bucket, bucket_of, config_source, lookup
+from tuning import config_file
+from tuning.config_check import check_content
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GPUS = ["NVIDIA H200", "NVIDIA L4"]
@@ -205,12 +207,19 @@ SHORT_ROWS = Bucket("moments", "channels_first", 2, 8, 11, 5, 6)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected JSON"),
-        ("[]", "expected an object with"),
-        (json.dumps({"schema": 1}), "expected an object with"),
-        (json.dumps(content({}, schema=2)), "schema: expected 1, got 2"),
-        (json.dumps(content({}, device="NVIDIA L4")), "device: expected 'NVIDIA H200', got 'NVI"),
-        (json.dumps({**content({}), "entries": []}), "entries: expected an object"),
+        ("{", "expected what perf/tune.py writes: JSONDecodeError"),
+        ("[]", "expected what perf/tune.py writes: TypeError"),
+        (json.dumps({"schema": 1}), "expected what perf/tune.py writes: KeyError"),
+        (json.dumps({**content({}), "entries": []}), "AttributeError: 'list'"),
+        (json.dumps(content({"moments": []})), "expected what perf/tune.py writes"),
+        (json.dumps(content({"moments": {"config": {"block_rows": 1}}})), "missing 3 required"),
+        (json.dumps(content({}, schema=2)), r"expected schema and device \(1, .*, got \(2, "),
+        (json.dumps(content({}, device="NVIDIA L4")), "'NVIDIA H200'.*got .*'NVIDIA L4'"),
+        (
+            json.dumps(content({"moments": entry(TUNED._replace(splits=0))})),
+            "'moments': expected int",
+        ),
+        (json.dumps(content({"moments": entry(TUNED._replace(num_warps="4"))})), "integers"),
     ],
 )
 def test_a_malformed_file_is_an_error_that_names_it(text, message, shipped):
@@ -233,13 +242,13 @@ def test_a_malformed_file_is_an_error_that_names_it(text, message, shipped):
         (KEY, entry(default_microseconds=0), "default_microseconds: expected a number above 0"),
         (KEY, {**entry(), "config": [1, 2048, 8, 8]}, "config: expected an object with"),
         (KEY, {**entry(), "config": {"block_rows": 1}}, "config: expected an object with"),
-        (KEY, entry(TUNED._replace(programs=0)), "config: expected integers of at least 1"),
-        (KEY, entry(TUNED._replace(programs=True)), "config: expected integers of at least 1"),
+        (KEY, entry(TUNED._replace(splits=0)), "config: expected integers of at least 1"),
+        (KEY, entry(TUNED._replace(splits=True)), "config: expected integers of at least 1"),
         (KEY, entry(TUNED._replace(num_warps=4.0)), "config: expected integers of at least 1"),
         (KEY, entry(TUNED._replace(block_columns=2000)), "block_columns: expected a power of two"),
         (KEY, entry(TUNED._replace(num_warps=3)), "num_warps: expected a power of two, got 3"),
         (KEY, entry(TUNED._replace(num_warps=64)), "num_warps: expected at most 32, got 64"),
-        (KEY, entry(TUNED._replace(programs=1 << 16)), "programs: expected at most 65535"),
+        (KEY, entry(TUNED._replace(splits=1 << 16)), "splits: expected at most 65535"),
         (KEY, entry(TUNED._replace(block_columns=1 << 16)), "x block_columns: expected at most"),
         (KEY, entry(TUNED._replace(block_columns=4)), "block_columns: expected 8 or more"),
         (KEY, entry(TUNED._replace(block_rows=2)), "block_columns: expected 16384 or more"),
@@ -248,12 +257,35 @@ def test_a_malformed_file_is_an_error_that_names_it(text, message, shipped):
         (LAST, entry(LaunchConfig(1, 2048, 1, 4)), "block_columns: expected at most 1024 channels"),
     ],
 )
-def test_a_malformed_entry_is_an_error_that_names_file_and_entry(key, value, message, shipped):
-    write(shipped, {KEY: entry(), key: value})
+def test_an_entry_that_does_not_suit_its_bucket_is_an_error_that_names_it(key, value, message):
+    """Before it is written, and where it is shipped."""
     with pytest.raises(ValueError, match=message) as error:
-        find()
-    assert "NVIDIA_H200.json" in str(error.value)
+        check_content(content({KEY: entry(), key: value}))
     assert f"entry {str(key)!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "expected an object with"),
+        ({"schema": 1}, "expected an object with"),
+        (content({}, schema=2), "schema: expected 1, got 2"),
+        ({**content({}), "entries": []}, "entries: expected an object"),
+    ],
+    ids=["list", "keys", "schema", "entries"],
+)
+def test_what_is_no_file_of_configs_is_an_error(value, message):
+    with pytest.raises(ValueError, match=message):
+        check_content(value)
+
+
+def test_a_file_that_would_be_refused_is_not_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(config_file, "FOLDER", tmp_path)
+    file = config_file.ConfigFile(GPUS[0], "sm90")
+    file.content["entries"][str(KEY)] = entry(TUNED._replace(num_warps=3))
+    with pytest.raises(ValueError, match="num_warps: expected a power of two, got 3"):
+        file.write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_tiles_of_several_rows_hold_every_row_of_their_bucket(shipped):
@@ -265,7 +297,7 @@ def test_tiles_of_several_rows_hold_every_row_of_their_bucket(shipped):
         assert launch_config.reduction_blocks(shape, find(shape)) == 2048
 
 
-def test_programs_fit_the_shape(shipped):
+def test_splits_fit_the_shape(shipped):
     """None without a tile, and no chain of sums that is longer than accuracy allows."""
     write(
         shipped,
@@ -276,9 +308,9 @@ def test_programs_fit_the_shape(shipped):
         },
     )
     tiles = launch_config.count_tiles(SHAPE, 1, 16)
-    assert tiles / find().programs <= launch_config.LONGEST_CHAIN
-    assert find(name="grad_moments").programs == SHAPE.rows
-    assert find(name="normalize").programs == SHAPE.rows  # side by side: sample by sample
+    assert tiles / find().splits <= launch_config.LONGEST_CHAIN
+    assert find(name="grad_moments").splits == SHAPE.rows
+    assert find(name="normalize").splits == SHAPE.rows  # side by side: sample by sample
 
 
 def test_threads_read_a_file_once(shipped, monkeypatch):
@@ -328,9 +360,10 @@ def test_shipped_files_are_well_formed():
     if not files:
         pytest.skip("no GPU has been tuned yet")
     for file in files:
-        name = json.loads(file.read_text())["device"]
-        assert file.name == tuned_configs.file_name(name)
-        assert tuned_configs.read_configs(file, name)
+        content = json.loads(file.read_text())
+        check_content(content)
+        assert file.name == tuned_configs.file_name(content["device"])
+        assert tuned_configs.read_configs(file, content["device"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

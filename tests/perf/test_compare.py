@@ -5,18 +5,15 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 
-import cases
 import compare
-import implementations
-import model_table
 import pandas as pd
-import passes
 import pytest
-import report
-import scale
 import torch
+from layers import cases, implementations
+from machine import ranks
+from measuring import passes, scale
+from models.table import frame_of_models
 
 import triton_syncbn
 
@@ -29,11 +26,13 @@ COLUMNS = [
 ]
 
 
-def run_alone(tmp_path, *arguments):
-    """The exit status of the comparison in this process, of three small layers."""
-    options = compare.parse(["--suite", "edge", "--samples", "2", *map(str, arguments)])
-    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
-        return compare.compare(0, 1, f"file://{folder}/store", options)
+@pytest.fixture
+def run_alone(monkeypatch, plain_torch):
+    """Makes the comparison in this process, of three small layers, and returns its exit status."""
+    monkeypatch.setattr(ranks, "CPU_RANKS", 1)
+    return lambda *arguments: compare.main(
+        ["--suite", "edge", "--samples", "2", *map(str, arguments)]
+    )
 
 
 @pytest.mark.slow
@@ -95,10 +94,10 @@ def broken(channels):
     raise RuntimeError("the compiler says no\nand more")
 
 
-def test_a_wrong_implementation_has_no_time(tmp_path, capsys, monkeypatch, plain_torch):
+def test_a_wrong_implementation_has_no_time(tmp_path, capsys, monkeypatch, run_alone):
     registered(monkeypatch, gather_syncbn=triton_syncbn.SyncBN, triton_syncbn=Biased)
     file = tmp_path / "rows.csv"
-    assert run_alone(tmp_path, "--csv", file) == 1
+    assert run_alone("--csv", file) == 1
     rows = pd.read_csv(file)
     wrong = rows[rows.impl == "triton_syncbn"]
     assert (wrong.error_over_tolerance > 100).all()
@@ -109,27 +108,27 @@ def test_a_wrong_implementation_has_no_time(tmp_path, capsys, monkeypatch, plain
     assert re.search(r"three channels .* FAIL", seen)
 
 
-def test_what_cannot_be_made_is_left_out_with_a_word(tmp_path, capsys, monkeypatch, plain_torch):
+def test_what_cannot_be_made_is_left_out_with_a_word(tmp_path, capsys, monkeypatch, run_alone):
     registered(monkeypatch, gather_syncbn=triton_syncbn.SyncBN, triton_syncbn_compiled=broken)
     file = tmp_path / "rows.csv"
-    assert run_alone(tmp_path, "--csv", file) == 0
+    assert run_alone("--csv", file) == 0
     assert set(pd.read_csv(file).impl) == {"gather_syncbn"}
     seen = capsys.readouterr().out
     assert seen.count("Left out: triton_syncbn_compiled: ") == 1
     assert "RuntimeError: the compiler says no\n" in seen
 
 
-def test_a_slower_row_ends_with_1(tmp_path, capsys, plain_torch):
+def test_a_slower_row_ends_with_1(tmp_path, capsys, run_alone):
     file, before = tmp_path / "rows.csv", tmp_path / "before.csv"
     chosen = ("--impl", "torch_batchnorm")
-    assert run_alone(tmp_path, *chosen, "--csv", file) == 0
+    assert run_alone(*chosen, "--csv", file) == 0
     rows = pd.read_csv(file)
     times = ["us_p20", "us_p50", "us_p80"]
-    rows.assign(**rows[times] * 1e-3).to_csv(before, index=False)
-    assert run_alone(tmp_path, *chosen, "--baseline", before) == 1
+    rows.assign(**rows[times] * 1e-6).to_csv(before, index=False)
+    assert run_alone(*chosen, "--baseline", before) == 1
     assert "9 rows are slower by more than 5%" in capsys.readouterr().out
-    rows.assign(**rows[times] * 1e3).to_csv(before, index=False)
-    assert run_alone(tmp_path, *chosen, "--baseline", before) == 0
+    rows.assign(**rows[times] * 1e6).to_csv(before, index=False)
+    assert run_alone(*chosen, "--baseline", before) == 0
 
 
 def test_a_baseline_of_another_gpu_ends_the_command_at_once(tmp_path):
@@ -143,7 +142,7 @@ def test_a_baseline_of_another_gpu_ends_the_command_at_once(tmp_path):
     assert "got Other GPU" in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--readme", "--cuda-graph", "--warm-cache"])
+@pytest.mark.parametrize("option", ["--cuda-graph", "--warm-cache"])
 def test_what_needs_a_gpu_is_refused_without_one(option, capsys, plain_torch):
     with pytest.raises(SystemExit):
         compare.parse([option])
@@ -165,11 +164,15 @@ def test_every_layer_of_the_list_is_a_case():
         ((2, 256, 1, 1), (2, 256, 1, 1)),
         ((2, 320, 8, 8, 8), (1, 320, 2, 2, 2)),
         ((64, 128), (8, 128)),
+        # to 2**18 values, of whichever size is the largest
+        ((4096, 8192), (32, 8192)),
+        ((32, 1024, 4096), (4, 1024, 64)),
+        ((2, 2048, 97, 97), (1, 2048, 7, 13)),
     ],
     ids=str,
 )
 def test_layers_are_scaled_down_by_what_the_report_says(shape, smaller):
-    assert cases.scaled_down(shape, report.CPU_FACTOR) == smaller
+    assert cases.scaled_down(shape) == smaller
 
 
 def test_bytes_are_counted_by_the_formula():
@@ -179,26 +182,28 @@ def test_bytes_are_counted_by_the_formula():
 
 
 def test_scale_is_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "scale_table", functools.partial(scale.scale_table, (64,), (2, 4)))
+    small = functools.partial(scale.scale_table, channels=(64,), world_sizes=(2, 4))
+    monkeypatch.setattr(compare, "scale_table", small)
     arguments = ["--scale", "--samples", "2", "--csv", f"{tmp_path}/scale.csv", "--plots"]
     assert compare.main([*arguments, str(tmp_path)]) == 0
     rows = pd.read_csv(tmp_path / "scale.csv")
     assert list(rows.world_size) == [2, 4]
     assert (tmp_path / "scale.png").stat().st_size > 10_000
     seen = capsys.readouterr().out
-    assert "model: not measured; assumed constants" in seen
-    assert "model_all_reduce_ring_us" in seen
+    assert "all_reduce_finish_us" in seen
+    assert "by formula" in seen
 
 
 @pytest.mark.parametrize(("error", "status"), [(0.5, 0), (3.0, 1)])
 def test_models_are_rows_with_their_setting_and_a_wrong_one_ends_with_1(
-    error, status, tmp_path, capsys, monkeypatch
+    error, status, tmp_path, capsys, monkeypatch, plain_torch
 ):
-    def run_model(name):
+    def measure_model(place, name, dtype, layout, samples):
         row = {"model": name, "impl": "triton_syncbn", "error_over_tolerance": error}
-        return model_table.tidy([{**row, "dtype": "fp32", "shape": "2x3", "world_size": 2}])
+        return frame_of_models([{**row, "dtype": dtype, "shape": "2x3", "world_size": 1}])
 
-    monkeypatch.setattr(compare, "run_model", run_model)
+    monkeypatch.setattr(ranks, "CPU_RANKS", 1)
+    monkeypatch.setattr(compare, "measure_model", measure_model)
     file = tmp_path / "models.csv"
     assert compare.main(["--model", "resnet50", "unet3d", "--csv", str(file)]) == status
     rows = pd.read_csv(file)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from counting import Counts, count_calls, counts_within
-from implementations import implementations
-from passes import calls_of_passes
-from timing import Call
+from layers.implementations import implementations
+from measuring.counts import Counts, count_calls, counts_within
+from measuring.passes import calls_of_passes
+from measuring.times import Call
 from torch.autograd import DeviceType
 
 CPU = torch.device("cpu")

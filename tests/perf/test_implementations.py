@@ -2,12 +2,12 @@
 
 import math
 
-import cases
-import implementations
-import passes
 import pytest
 import torch
-from correctness import error_over_tolerance
+from layers import cases, implementations
+from layers.correctness import Exercise
+from machine.ranks import Place
+from measuring import passes
 
 import triton_syncbn
 
@@ -38,7 +38,7 @@ def test_ours_compiled_is_right_and_can_be_run_backwards_twice(one_rank):
     case = cases.Case("edge", "small", (2, 3, 4), "fp32", "channels_first")
     with implementations.synchronized_even_alone():
         layer = found.make(3)
-        assert error_over_tolerance(layer, case, 0, 1, CPU) <= 1.0
+        assert Exercise(case, Place(0, 1, CPU)).error_of(layer) <= 1.0
         calls = passes.calls_of_passes(layer, torch.randn(2, 3, 4), torch.randn(2, 3, 4))
         output = calls["backward"].prepare()
         first, second = (calls["backward"].work(output) for _ in range(2))
@@ -48,7 +48,7 @@ def test_ours_compiled_is_right_and_can_be_run_backwards_twice(one_rank):
 
 def gathered_step(rank, world_size):
     """Communication of the layer that stands for torch.nn.SyncBatchNorm."""
-    from gather_syncbn import GatherSyncBN
+    from layers.gather_syncbn import GatherSyncBN
 
     from tests.support.ranks import counted_communication
 

@@ -7,14 +7,15 @@ import resource
 import subprocess
 import sys
 
-import model_table
-import models
+import compare
 import pandas as pd
 import pytest
 import torch
-import train_models
-import training_step
-from gather_syncbn import GatherSyncBN
+from layers.gather_syncbn import GatherSyncBN
+from machine.ranks import Place, run_on_ranks
+from models import measurement, networks
+from models.table import COLUMNS, models_text
+from models.training_step import error_of_losses
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import triton_syncbn
@@ -23,7 +24,7 @@ from triton_syncbn.convert import BatchNorm
 
 def made_without_memory(name):
     with torch.device("meta"):
-        return models.make_model(name)
+        return networks.make_model(name)
 
 
 def batch_norms(model):
@@ -57,16 +58,16 @@ def test_models_are_the_published_ones(name, parameters, norms):
 )
 def test_models_have_an_output_for_every_label(name, shape, outputs):
     with torch.device("meta"):
-        assert models.make_model(name)(torch.empty(shape)).shape == outputs
+        assert networks.make_model(name)(torch.empty(shape)).shape == outputs
 
 
 def test_deeplab_has_an_output_stride_of_8():
     with torch.device("meta"):
-        model = models.make_model("deeplab")
+        model = networks.make_model("deeplab")
         assert model.backbone(torch.empty(2, 3, 769, 769)).shape == (2, 2048, 97, 97)
 
 
-@pytest.mark.parametrize("name", models.CLASSES)
+@pytest.mark.parametrize("name", networks.CLASSES)
 def test_every_batch_norm_is_converted(name):
     model = made_without_memory(name)
     before = batch_norms(model)
@@ -77,7 +78,7 @@ def test_every_batch_norm_is_converted(name):
 
 def test_an_unknown_model_is_refused():
     with pytest.raises(ValueError, match="expected one of resnet50, deeplab, unet3d; got 'vgg'"):
-        models.make_model("vgg")
+        networks.make_model("vgg")
 
 
 def seconds_of_children():
@@ -91,7 +92,7 @@ def test_two_ranks_train_a_model_within_40_seconds(tmp_path):
     file = tmp_path / "results" / "rows.csv"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [
-        *(sys.executable, train_models.__file__, "resnet50"),
+        *(sys.executable, compare.__file__, "--model", "resnet50"),
         *("--samples", "1", "--csv", str(file)),
     ]
     before = seconds_of_children()
@@ -99,7 +100,7 @@ def test_two_ranks_train_a_model_within_40_seconds(tmp_path):
     seconds = seconds_of_children() - before
     assert done.returncode == 0, done.stderr
     rows = pd.read_csv(file)
-    assert rows.columns.tolist() == model_table.COLUMNS
+    assert rows.columns.tolist()[: len(COLUMNS)] == COLUMNS
     assert rows.impl.tolist() == ["gather_syncbn", "torch_batchnorm", "triton_syncbn"]
     assert (rows.world_size == 2).all()
     assert ((rows.us_p20 > 0) & (rows.us_p20 <= rows.us_p50) & (rows.us_p50 <= rows.us_p80)).all()
@@ -133,34 +134,40 @@ TINY = (2, 3, 8, 8, 8)
 
 def rows_of_wrong_layers(rank, world_size):
     classes = {"gather_syncbn": GatherSyncBN, "triton_syncbn": triton_syncbn.SyncBN, **WRONG}
-    device = torch.device("cpu")
-    return train_models.measure_model("unet3d", device, shape=TINY, samples=1, classes=classes)
+    place = Place(rank, world_size, torch.device("cpu"))
+    same = "unet3d", "fp32", "channels_first", 1
+    return measurement.measure_model(place, *same, shape=TINY, classes=classes)
 
 
 @pytest.mark.slow
 def test_a_wrong_layer_has_no_time(reference_ranks):
     for rows in reference_ranks.run(rows_of_wrong_layers, 2):
-        frame = model_table.tidy(rows).set_index("impl")
+        frame = rows.set_index("impl")
         wrong = frame.loc[list(WRONG)]
         assert (wrong.error_over_tolerance > 1).all()
         assert wrong.us_p50.isna().all()
         right = frame.loc[["gather_syncbn", "triton_syncbn"]]
         assert (right.error_over_tolerance <= 1).all()
         assert (right.us_p50 > 0).all()
-        seen = model_table.report(frame.reset_index())
+        seen = models_text(frame.reset_index())
         assert seen.count("FAIL:") == len(WRONG)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_wrong(loss):
-    assert training_step.loss_error_over_tolerance([1.0, loss], [1.0, 1.0], "bf16") == float("inf")
-    assert training_step.loss_error_over_tolerance([1.0, loss], [1.0, loss], "bf16") > 1
+    assert error_of_losses([1.0, loss], [1.0, 1.0], "bf16") == float("inf")
+    assert error_of_losses([1.0, loss], [1.0, loss], "bf16") > 1
+
+
+def small_model(place, name):
+    shape = measurement.CPU_SHAPES[name]
+    return measurement.measure_model(place, name, "bf16", "channels_first", 3, shape=shape)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", models.CLASSES)
+@pytest.mark.parametrize("name", networks.CLASSES)
 def test_models_train_on_a_gpu(name):
-    frame = train_models.run(name, shape=train_models.CPU_SHAPES[name], samples=3)
+    frame = run_on_ranks(small_model, name)
     assert (frame.error_over_tolerance <= 1).all()
     assert (frame[["us_p50", "host_us", "peak_mb"]] > 0).all(axis=None)
-    assert train_models.COMPILED in set(frame.impl)
+    assert measurement.COMPILED in set(frame.impl)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from regression import check_comparable, describe, read_baseline, regressions
+from report.regression import check_comparable, describe, read_baseline, regressions
 
 SETTING = {
     **{"gpu": "Some GPU", "world_size": 1, "driver": "1.10", "torch": "2", "triton": "3"},

@@ -4,10 +4,18 @@ import sys
 
 import pandas as pd
 import pytest
-from markdown import means_by_suite, summary
-from plots import draw_speedups, write_plots
 from readme import write_block
-from report import COLUMNS, counts, footnotes, geometric_means, line_per_layer, read_rows, tidy
+from report.markdown import means_by_suite, summary
+from report.plots import draw_speedups, write_plots
+from report.tables import (
+    COLUMNS,
+    counts,
+    footnotes,
+    frame_of_layers,
+    geometric_means,
+    line_per_layer,
+    read_rows,
+)
 
 LAYERS = [("heads", "small head", "64x128"), ("edge", "odd channels", "8x37x61x43")]
 MICROSECONDS = {
@@ -45,7 +53,7 @@ def rows(gpu="Some GPU", wrong=(), impls=tuple(MICROSECONDS), dtypes=("fp32", "b
                         **{"launches": 4 + index, "host_syncs": 0, "collectives": 2},
                     }
                 found.append(row)
-    return tidy(found, setting)
+    return frame_of_layers(found, setting)
 
 
 def test_rows_have_exactly_the_columns_and_empty_means_not_measured():

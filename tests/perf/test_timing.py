@@ -3,9 +3,9 @@
 import itertools
 
 import pytest
-import timing
 import torch
-from timing import Call, in_cuda_graph, percentiles, time_calls, turns
+from measuring import times
+from measuring.times import Call, in_cuda_graph, percentiles, time_calls, turns
 
 CPU = torch.device("cpu")
 
@@ -93,11 +93,11 @@ class FakeGPU:
 def test_the_host_does_not_wait_between_samples_of_a_gpu(monkeypatch, warm_cache):
     gpu = FakeGPU()
     flush = type("Flush", (), {"zero_": lambda self: gpu.log.append("flush")})()
-    monkeypatch.setattr(timing.torch, "cuda", gpu)
-    monkeypatch.setattr(timing.torch, "empty", lambda *sizes, **options: flush)
-    monkeypatch.setattr(timing.torch, "zeros", lambda *sizes, **options: None)
+    monkeypatch.setattr(times.torch, "cuda", gpu)
+    monkeypatch.setattr(times.torch, "empty", lambda *sizes, **options: flush)
+    monkeypatch.setattr(times.torch, "zeros", lambda *sizes, **options: None)
     calls = {"call": Call(lambda prepared: gpu.log.append("work"))}
-    seconds = timing._device_seconds(calls, torch.device("cuda"), 2, warm_cache)
+    seconds = times._device_seconds(calls, torch.device("cuda"), 2, warm_cache)
     sample = [*["flush"] * (not warm_cache), "event", "work", "event"]
     assert gpu.log == ["synchronize", *sample, *sample, "synchronize"]
     assert seconds == {"call": [1.5e-3, 1.5e-3]}

@@ -1,101 +1,12 @@
-"""Where Triton's interpreter differs from a GPU, and what it alone can measure."""
+"""What Triton's interpreter alone can measure, and where it hides what a GPU would show."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
 import torch
-
-
-def prepare() -> None:
-    """Make the interpreter of this process round as GPUs do, and no slower than it must be."""
-    _round_to_nearest_bfloat16()
-    _patch_language_once_a_launch()
-    _look_up_dtypes_once()
-    _check_overflow_in_numpy()
-
-
-def _round_to_nearest_bfloat16() -> None:
-    """Convert float32 to bfloat16 as GPUs do, to nearest even; the interpreter truncates."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    truncating = interpreter.InterpreterBuilder.cast_impl
-
-    def cast(self, source, target):
-        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
-            return interpreter.TensorHandle(
-                rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16
-            )
-        return truncating(self, source, target)
-
-    interpreter.InterpreterBuilder.cast_impl = cast
-
-
-def _patch_language_once_a_launch() -> None:
-    """The interpreter replaces the functions of triton.language at a launch, and again at each call
-    of one jitted function by another, which finds them replaced and took half of all its time.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: list[set[int]] = []  # in the present launch
-
-    @functools.cache
-    def languages(function):
-        return {id(tl), id(tl.core)}.intersection(map(id, function.__globals__.values()))
-
-    def patch_once(function):
-        if languages(function) in patched:
-            return None
-        patched.append(languages(function))
-        return patch(function)
-
-    def launch_unpatched(self, *arguments, **named):
-        patched.clear()
-        return launch(self, *arguments, **named)
-
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_unpatched
-
-
-def _look_up_dtypes_once() -> None:
-    """The interpreter builds a table of all dtypes whenever it looks one up."""
-    from triton.runtime import interpreter
-
-    look_up = interpreter._get_np_dtype
-    known: dict[str, np.dtype] = {}
-
-    def known_dtype(dtype):
-        name = dtype.scalar.name
-        if name not in known:
-            known[name] = look_up(dtype)
-        return known[name]
-
-    interpreter._get_np_dtype = known_dtype
-
-
-def _check_overflow_in_numpy() -> None:
-    """The interpreter checks sums and products of integers for overflow by a dozen of its own
-    operations, each a hundred times as slow as numpy's.
-    """
-    from triton.runtime import interpreter
-
-    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-    def check(left, right, operation):
-        dtype = left.type.scalar
-        if dtype.int_bitwidth < 64:
-            operands = (side.handle.data.astype(np.int64) for side in (left, right))
-            result = exact[operation.__name__](*operands)
-            fits = dtype.get_int_min_value() <= result.min() <= result.max()
-            assert fits and result.max() <= dtype.get_int_max_value(), f"{dtype} overflow"
-
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = check
+from numerics.interpreter import prepare as prepare
 
 
 class Meter:
