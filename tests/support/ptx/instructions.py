@@ -64,7 +64,7 @@ def _locate(machine: Machine, space: str, operand: Operand, width: int) -> Calla
 def _load(machine: Machine, instruction: Instruction, form: re.Match[str]) -> Action:
     space, hint, count, kind = form.groups()
     target, address, *policy = instruction.operands
-    writers = [machine.writer(part, kind) for part in _parts(target)]
+    writers = [machine.writer(part, kind, wider=True) for part in _parts(target)]
     if len(writers) != int(count or 1) or len(policy) != bool(hint):
         raise ValueError("the number of operands")
     width = np.dtype(TYPES[kind]).itemsize
@@ -83,7 +83,7 @@ def _load(machine: Machine, instruction: Instruction, form: re.Match[str]) -> Ac
 def _store(machine: Machine, instruction: Instruction, form: re.Match[str]) -> Action:
     space, hint, count, kind = form.groups()
     address, source, *policy = instruction.operands
-    readers = [machine.reader(part, kind) for part in _parts(source)]
+    readers = [machine.reader(part, kind, wider=True) for part in _parts(source)]
     if len(readers) != int(count or 1) or len(policy) != bool(hint):
         raise ValueError("the number of operands")
     width = np.dtype(TYPES[kind]).itemsize

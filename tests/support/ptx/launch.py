@@ -1,5 +1,5 @@
-"""The kernels' launchers, unchanged, on CPU tensors: each launch is compiled for an architecture and
-executed here.
+"""The kernels' launchers, unchanged, on CPU tensors: what they launch is compiled for an
+architecture and executed here.
 """
 
 import contextlib
@@ -56,10 +56,11 @@ def executed_instead_of_launched(
     change: Callable[[Kernel], Kernel] | None = None,
     excused: Collection[str] = (),
 ) -> Iterator[list[Launch]]:
-    """Execute the launches under it, as compiled for an architecture, such as 90, and collect them.
+    """Execute the launches under it, compiled for an architecture, such as 90, and collect them.
 
-    seed: see `Machine`. change: what to do to a kernel before it is executed. excused: parameters in
-    which races are let pass. The driver stays replaced: such a process executes and does nothing else, and TRITON_INTERPRET must not be set.
+    seed: see `Machine`. change: what to do to a kernel before it is executed. excused: parameters
+    in which races are let pass. The driver stays replaced: such a process executes and does nothing
+    else, and TRITON_INTERPRET must not be set in it.
     """
     launches: list[Launch] = []
     run = JITFunction.run
@@ -121,7 +122,7 @@ def _bits(memory: GlobalMemory, name: str, kind: str, value: Any) -> int:
 
 
 def _check(machine: Machine, excused: Collection[str]) -> None:
-    """No races; what is written and never read is written once; counters of atomics are back at 0."""
+    """No races; what is written and not read is written once; counters are back at 0."""
     regions = machine.memory.regions
     for region in (machine.shared, *regions):
         if region.name not in excused:

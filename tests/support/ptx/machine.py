@@ -55,7 +55,7 @@ class Machine:
         self._waiting = np.zeros(self.size, bool)
         self._barriers = np.zeros(self.size, np.int64)
         self._warp_barriers = np.zeros(self.size, np.int64)
-        self._favoured = np.ones(self.size, bool)
+        self._favoured = np.zeros(self.size, bool)
         self._salt = self.random.integers(2**63, dtype=np.uint64)
         self._step = 0
         self._running = kernel.instructions[0]
@@ -128,9 +128,11 @@ class Machine:
     def _bind_arithmetic(self, instruction: Instruction) -> Callable[[Threads], None]:
         opcode = OPCODES[instruction.opcode]
         target, *sources = instruction.operands
-        write = self.writer(target, opcode.result)
+        converts = instruction.opcode.startswith("cvt.")
+        write = self.writer(target, opcode.result, wider=converts)
         read = [
-            self.reader(source, kind) for source, kind in zip(sources, opcode.operands, strict=True)
+            self.reader(source, kind, wider=converts)
+            for source, kind in zip(sources, opcode.operands, strict=True)
         ]
         put_off = 0 if self.in_step else opcode.approximate
 
@@ -151,8 +153,12 @@ class Machine:
         units = (mixed % np.uint64(2 * most + 1)).astype(bits.dtype) - bits.dtype.type(most)
         return np.where(far, bits + units, bits).view(values.dtype)
 
-    def reader(self, operand: Operand, kind: str) -> Callable[[Threads], Array]:
-        """The values that an operand has for some threads; a constant is an array of one."""
+    def reader(
+        self, operand: Operand, kind: str, wider: bool = False
+    ) -> Callable[[Threads], Array]:
+        """The values that an operand has for some threads; a constant is an array of one. wider:
+        the register may be, and its lower bits count.
+        """
         dtype = np.dtype(TYPES[kind])
         if operand == SHARED_SYMBOL:
             operand = Literal(SHARED_BASE)
@@ -171,23 +177,27 @@ class Machine:
         values = self.registers[operand.name]
         if values.dtype.itemsize == dtype.itemsize:
             return lambda threads: values[threads].view(dtype)
-        # A store and a conversion take the lower bits of a wider register.
         narrow = np.dtype(f"u{dtype.itemsize}")
-        if values.dtype.itemsize < dtype.itemsize or kind == "pred":
+        if not wider or values.dtype.itemsize < dtype.itemsize or kind == "pred":
             raise ValueError(f"{operand.name} as {kind}")
         return lambda threads: values[threads].astype(narrow).view(dtype)
 
-    def writer(self, operand: Operand, kind: str) -> Callable[[Threads, Array], None]:
-        """Write values, for some threads, to a register."""
+    def writer(
+        self, operand: Operand, kind: str, wider: bool = False
+    ) -> Callable[[Threads, Array], None]:
+        """Write values, for some threads, to a register. wider: the register may be, and the values
+        are extended, by their sign if they have one.
+        """
         if not isinstance(operand, Register):
             raise ValueError(f"{operand} as a register")
         if operand.name == "_":
             return lambda threads, values: None
         target = self.registers[operand.name]
         dtype = np.dtype(TYPES[kind])
-        if target.dtype.itemsize < dtype.itemsize or (target.dtype == bool) != (dtype == bool):
+        to_predicate = target.dtype == np.bool_
+        too_wide = target.dtype.itemsize > dtype.itemsize and not wider
+        if too_wide or target.dtype.itemsize < dtype.itemsize or to_predicate != (kind == "pred"):
             raise ValueError(f"{kind} to {operand.name}")
-        # What is shorter than the register is extended, by its sign if it has one.
         wide = np.dtype(f"{dtype.kind if dtype.kind in 'iu' else 'u'}{target.itemsize}")
 
         def write(threads: Threads, values: Array) -> None:

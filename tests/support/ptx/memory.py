@@ -69,7 +69,7 @@ class Region:
             if wrong.any():
                 first, count = int(np.argmax(wrong)), np.count_nonzero(wrong)
                 raise PtxError(
-                    f"{self.name}: {count} of {times.size} bytes stored {what}, the first is {first}"
+                    f"{self.name}: {count} of {times.size} bytes stored {what}, from {first} on"
                 )
 
 

@@ -81,7 +81,7 @@ def _shift_left(a: Array, by: Array) -> Array:
 
 
 def _shift_right(a: Array, by: Array) -> Array:
-    """Of a signed number, copies of the sign come in; by the width and more, nothing else is left."""
+    """Of a signed number, copies of the sign come in, and are all that a wide shift leaves."""
     width = 8 * a.itemsize
     shifted = a >> np.minimum(by, width - 1).astype(a.dtype)
     return shifted if a.dtype.kind == "i" else np.where(by < width, shifted, a.dtype.type(0))
@@ -91,14 +91,16 @@ def _extract(a: Array, position: Array, length: Array) -> Array:
     """bfe: a field of bits, extended by zeros or by the field's highest bit."""
     width = 8 * a.itemsize
     position, length = position & 0xFF, length & 0xFF
+    empty = length == 0
+    length = np.minimum(length, width - np.minimum(position, width))  # up to the highest bit
     bits = a.view(f"u{a.itemsize}")
     one = bits.dtype.type(1)
     field = _shift_right(bits, position)
     kept = _shift_left(np.full_like(field, one), length) - one
     if a.dtype.kind == "u":
         return field & kept
-    top = np.minimum(position + length - np.uint32(1), np.uint32(width - 1))
-    sign = (_shift_right(bits, top) & one).astype(bool) & (length > 0)
+    top = np.minimum(position + np.maximum(length, 1) - 1, width - 1)
+    sign = (_shift_right(bits, top) & one).astype(bool) & ~empty
     return np.where(sign, field | ~kept, field & kept).view(a.dtype)
 
 

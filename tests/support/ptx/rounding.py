@@ -48,7 +48,7 @@ def _fma_of_fractions(a: float, b: float, c: float) -> float:
     try:
         return float(exact)
     except OverflowError:
-        return math.copysign(math.inf, exact)
+        return math.inf if exact > 0 else -math.inf
 
 
 def _add(a: Array, b: Array) -> tuple[Array, Array]:
