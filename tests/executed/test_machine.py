@@ -142,7 +142,7 @@ def test_the_last_program_to_arrive_sees_what_others_published(seed):
 def test_what_is_not_published_before_the_arrival_is_a_race(seed):
     """Without the barrier another warp's store may come after the arrival."""
     run = Run(STORE + ARRIVE + READ, programs=3, seed=seed)
-    with pytest.raises(PtxError, match="a race of programs .*numbers"):
+    with pytest.raises(PtxError, match=r"a race of programs .*numbers"):
         run.check_races()
 
 
@@ -150,7 +150,7 @@ def test_what_is_not_published_before_the_arrival_is_a_race(seed):
 def test_what_is_read_by_another_than_the_last_is_a_race(seed):
     """Programs that read whoever comes last."""
     run = Run(STORE + "bar.sync 0;" + ARRIVE + READ.replace("%r3, 2", "%r3, 1"), 3, seed)
-    with pytest.raises(PtxError, match="a race of programs .*numbers"):
+    with pytest.raises(PtxError, match=r"a race of programs .*numbers"):
         run.check_races()
 
 

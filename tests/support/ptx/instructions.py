@@ -102,7 +102,7 @@ def _load_parameter(machine: Machine, instruction: Instruction, form: re.Match[s
     target, address = instruction.operands
     if not isinstance(address, Address) or address.offset or not isinstance(address.base, str):
         raise ValueError("a part of a parameter")
-    write = machine.writer(target, form[1])
+    write = machine.writer(target, form[1], wider=True)
     width = np.dtype(TYPES[form[1]]).itemsize
     value = np.array([machine.parameters[address.base] % 2 ** (8 * width)], f"u{width}")
     return lambda threads: write(threads, value)

@@ -25,6 +25,7 @@ FLOAT_FORMATS = {"fp32": "<f", "fp64": "<d"}
 class Launch(NamedTuple):
     """A launch that was executed."""
 
+    compiled: str  # its hash
     kernel: Kernel
     machine: Machine
 
@@ -86,7 +87,7 @@ def executed_instead_of_launched(
             compiled.metadata.shared,
             seed,
         )
-        launches.append(Launch(kernel, machine))
+        launches.append(Launch(compiled.hash, kernel, machine))
         machine.run()
         _check(machine, excused)
 

@@ -16,6 +16,7 @@ from .parsing import SHARED_SYMBOL, Instruction, Kernel, Literal, Operand, PtxEr
 
 Threads = NDArray[np.int64]  # numbers of threads of the grid, ascending
 MIXER = np.uint64(0x9E3779B97F4A7C15)  # makes of a number one that looks random (Knuth, 6.4)
+MOST_STEPS = 2_000_000  # instructions of a launch; more is a loop that does not end
 BURST = 8  # blocks that the warps which were chosen run before others are, on average
 
 
@@ -71,6 +72,9 @@ class Machine:
             while len(ready := np.flatnonzero(~self._waiting & (self.next < end))):
                 ready = self._choose(ready)
                 start = self.next[ready].min()
+                if self._step > MOST_STEPS:
+                    line = self.kernel.instructions[start].line
+                    raise PtxError(f"line {line}: no end after {MOST_STEPS} instructions")
                 self._run_block(start, ready[self.next[ready] == start])
         if self._waiting.any():
             barrier = self.kernel.instructions[self.next[self._waiting].min() - 1]
