@@ -154,8 +154,9 @@ class Exact:
         yield self._of_sums("grad_moments", "sum(dy*xhat)", second, terms, OF_PRODUCTS, beside)
         for what, total, made in (("weight", second, grad_weight), ("bias", first, grad_bias)):
             if len(made):
-                rounded = total.to(made.dtype if self.is_double else torch.float32).to(made.dtype)
-                yield _of_neighbours("grad_moments", f"grad_{what}", made, rounded)
+                if made.dtype != torch.float64:  # by way of float32
+                    total = total.float()
+                yield _of_neighbours("grad_moments", f"grad_{what}", made, total.to(made.dtype))
 
     def of_normalize(
         self, sums: torch.Tensor, actual: torch.Tensor, expected: torch.Tensor

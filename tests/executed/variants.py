@@ -15,8 +15,13 @@ from triton_syncbn.kernels import (
     moments,
     normalize,
 )
-from triton_syncbn.kernels.indexing import geometry
-from triton_syncbn.kernels.launch_config import LaunchConfig, default_config, fit_programs
+from triton_syncbn.kernels.indexing import Geometry, count_tiles, geometry
+from triton_syncbn.kernels.launch_config import (
+    WRITERS,
+    LaunchConfig,
+    default_config,
+    fit_programs,
+)
 
 from tests.support.ptx.launch import Launch, executed_instead_of_launched
 from tests.support.ptx.parsing import Kernel
@@ -30,6 +35,7 @@ ARCHITECTURES = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("channels_first", "channels_last")
 EPS = 1e-5
+TILES_OF_PROGRAM = 2  # at least, where programs share a channel, so that each goes around its loop
 
 # All threads load the counter, one stores it: nothing holds the one back until all have loaded.
 EXCUSED = ("num_batches_tracked",)
@@ -182,8 +188,21 @@ def config_of(kernel: str, variant: Variant, input: torch.Tensor, capability: in
     if variant.warps:
         config = config._replace(num_warps=variant.warps)
     if variant.programs:
+        while _tiles(kernel, shape, config) < TILES_OF_PROGRAM * variant.programs:
+            if config.block_rows > 1:
+                config = config._replace(block_rows=config.block_rows // 2)
+            elif config.block_columns > shape.vector:
+                config = config._replace(block_columns=config.block_columns // 2)
+            else:
+                break
         config = fit_programs(kernel, shape, config._replace(programs=variant.programs))
     return config
+
+
+def _tiles(kernel: str, shape: Geometry, config: LaunchConfig) -> int:
+    if kernel in WRITERS and not shape.channels_last:
+        return shape.values * shape.channels // config.block_columns
+    return count_tiles(shape, config.block_rows, config.block_columns)
 
 
 @contextlib.contextmanager

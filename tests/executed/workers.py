@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:  # what imports the kernels does so in the workers
     from .errors import Error
+    from .mutations import Mutation
     from .variants import Variant
 
 SEEDS = (None, 1)  # in step, and in another order
@@ -89,6 +90,32 @@ def execute(
     return outcomes
 
 
+def execute_few(capability: int, chosen: slice) -> list[Outcome]:
+    """Run some of the few variants."""
+    from .variants import few_variants
+
+    return execute(few_variants()[chosen], capability)
+
+
+def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
+    """What notices that an instruction is left out, of a kernel of several warps and programs: of
+    those whose opcode begins so, the one of that number, or the last before another opcode.
+    """
+    from .mutations import Mutation
+    from .variants import few_variants, run
+
+    variant = few_variants()[0]
+    _, (launch,) = run(variant, 90, None, name)
+    opcodes = [instruction.opcode for instruction in launch.kernel.instructions]
+    places = [n for n, found in enumerate(opcodes) if found.startswith(opcode)]
+    if isinstance(which, str):
+        end = next(n for n, found in enumerate(opcodes) if found.startswith(which))
+        place = max(n for n in places if n < end)
+    else:
+        place = places[which]
+    return _noticed(variant, 90, name, Mutation("", place, None))
+
+
 def mutate(variants: Sequence["Variant"], capability: int, changes: int) -> list[Trial]:
     """Leave out each barrier in turn, and make so many other changes to the kernels."""
     from .mutations import draw, without_barriers
@@ -121,7 +148,7 @@ def mutate(variants: Sequence["Variant"], capability: int, changes: int) -> list
     ]
 
 
-def _noticed(variant, capability, name, mutation) -> str:
+def _noticed(variant: "Variant", capability: int, name: str, mutation: "Mutation") -> str:
     from tests.support.ptx.parsing import PtxError
 
     from .variants import run
