@@ -16,15 +16,22 @@ os.environ["TRITON_INTERPRET"] = "0"  # before anything imports triton
 
 from tqdm import tqdm
 
-from .variants import ALIGNED, ARCHITECTURES, ODD, Variant, all_variants, few_variants
+from .variants import (
+    ALIGNED,
+    ARCHITECTURES,
+    MANY_PROGRAMS,
+    Variant,
+    all_variants,
+    few_variants,
+)
 from .workers import Outcome, Trial, execute, mutate, workers
 
 AT_ONCE = 8  # variants that a process takes
 # Of several warps and programs that share channels: with every barrier that there is.
 MUTATED = [
     Variant(ALIGNED, programs=3, warps=4),
-    Variant(ODD, programs=2, warps=2, layout="channels_last", momentum=None),
-    Variant(ODD, programs=2, warps=1),
+    Variant((5, 37, 3, 61), programs=2, warps=2, layout="channels_last", momentum=None),
+    *MANY_PROGRAMS,
 ]
 
 

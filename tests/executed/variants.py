@@ -84,6 +84,7 @@ MAPS = [
     (2, 3, 40, 41),  # rows longer than a tile
     (6, 2, 3, 4, 5),
     (2, 1, 33),
+    (2, 300, 3),  # more channels than the program of the running statistics takes at once
     (0, 8, 4, 4),
 ]
 FLAGS: list[dict[str, torch.dtype | bool | float | None]] = [
@@ -111,6 +112,13 @@ LAUNCHES: list[dict[str, int | bool]] = [
 ]
 
 
+# More programs share a channel than the last of them adds up at once.
+MANY_PROGRAMS = [
+    Variant((2, 2, 64, 64), programs=130, warps=1),
+    Variant((60, 64), programs=20, warps=2),
+]
+
+
 def all_variants() -> list[Variant]:
     """Every map, dtype and layout; and for some of them all flags and all ways to launch."""
     maps = [Variant(*chosen) for chosen in itertools.product(MAPS, DTYPES, LAYOUTS)]
@@ -120,7 +128,7 @@ def all_variants() -> list[Variant]:
             (ALIGNED, ODD), (torch.float32, torch.bfloat16), LAYOUTS, FLAGS + LAUNCHES
         )
     ]
-    return maps + others
+    return maps + others + MANY_PROGRAMS
 
 
 def few_variants() -> list[Variant]:
