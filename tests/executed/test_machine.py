@@ -1,12 +1,15 @@
 """The executor finds what it says it finds, in small programs that do one thing wrong."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
+from tests.support.ptx.contraction import contract
 from tests.support.ptx.machine import Machine
 from tests.support.ptx.memory import GlobalMemory, Region
-from tests.support.ptx.parsing import PtxError, parse
+from tests.support.ptx.parsing import Kernel, PtxError, parse
 from tests.support.ptx.races import check_races
 
 THREADS = 64  # of a program: two warps
@@ -34,8 +37,15 @@ SEEDS = [None, 1, 2, 3]
 class Run:
     """A program of two warps, with a tensor of 256 numbers and a counter."""
 
-    def __init__(self, text: str, programs: int = 1, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        programs: int = 1,
+        seed: int | None = None,
+        change: Callable[[Kernel], Kernel] | None = None,
+    ) -> None:
         kernel = parse(PTX.format("\n".join(f"\t{line}" for line in text.strip().splitlines())))
+        kernel = change(kernel) if change else kernel
         self.numbers = torch.zeros(256, dtype=torch.int32)
         self.counter = torch.zeros(1, dtype=torch.int32)
         self.memory = GlobalMemory(0)
@@ -258,6 +268,31 @@ def test_bytes_that_are_stored_twice_or_never_are_told():
     region(wide).check_stored_once()
     with pytest.raises(PtxError, match="1024 of 1024 bytes stored more than once"):
         region(wide, programs=2).check_stored_once()
+
+
+def test_sums_of_products_are_contracted():
+    """Where a * b is not exact, a * b - (a * b) is what rounding cut off."""
+    text = """
+    mov.b64 %d2, 0d3FF0000000000001;
+    mul.f64 %d3, %d2, %d2;
+    mov.b64 %d4, %d3;
+    sub.f64 %d5, %d3, %d4;
+    sub.f64 %d6, %d4, %d3;
+    add.f64 %d7, %d4, %d3;
+    mul.rn.f64 %d8, %d2, %d2;
+    sub.f64 %d8, %d8, %d4;
+    setp.eq.s32 %p0, %r0, 0;
+    @%p0 bra $L__END;
+    sub.f64 %d5, %d3, %d4;
+    $L__END:
+    """
+
+    def results(contracted: bool) -> list[float]:
+        run = Run(text, change=contract if contracted else None)
+        return [run.machine.registers[f"%d{n}"].view(np.float64)[0] for n in (5, 6, 7, 8)]
+
+    assert results(False) == [0, 0, 2 + 2.0**-50, 0]
+    assert results(True) == [2.0**-104, -(2.0**-104), 2 + 2.0**-50, 0]
 
 
 def test_tensors_lie_far_apart_and_are_aligned_as_on_a_gpu():

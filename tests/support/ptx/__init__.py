@@ -14,8 +14,8 @@ It fails on
 and what was never written (registers, shared memory, `torch.empty`) holds garbage.
 
 It cannot see
-- ptxas: the PTX is executed, not the machine code. In particular ptxas may contract a mul and an
-  add that lack `.rn` into one fma; `contract=True` does that to all of them;
+- ptxas: the PTX is executed, not the machine code. What ptxas may do to sums of products
+  `contraction.contract` does;
 - weak memory: stores are seen by all threads at once. That data is published by a barrier and an
   atomic of release and acquire is checked, that the hardware keeps to them is not;
 - the launcher in C: arguments are passed in the order of the signature, and the driver's limits on
