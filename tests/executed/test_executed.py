@@ -62,6 +62,20 @@ def test_order_and_approximations_leave_maps_as_they_are(outcomes):
     assert all(error.identical for error in errors if error.dtype != "float64")
 
 
+@pytest.mark.xfail(strict=True, reason="no barrier between the load of the counter and its store")
+def test_all_threads_read_the_counter_before_one_moves_it(worker):
+    """With momentum=None each channel is weighted with the counter that its thread has read."""
+    assert not worker.submit(workers.race_of_counter).result()
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_requests_take_hardly_more_sectors_than_their_bytes_fill(layout, worker):
+    """Of bfloat16 rows of 97 x 97 elements, which begin anywhere, and of 64 channels."""
+    costs = worker.submit(workers.costs, "deeplab layer2", layout, 90).result()
+    assert {cost.kernel for cost in costs} == set(workers.KERNELS)
+    assert all(1 <= cost.of_requests <= 1.05 for cost in costs)
+
+
 @pytest.mark.parametrize(
     ("kernel", "left_out", "message"),
     [

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 if TYPE_CHECKING:  # what imports the kernels does so in the workers
+    from .costs import Cost
     from .errors import Error
     from .mutations import Mutation
     from .variants import Variant
@@ -116,6 +117,23 @@ def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
     else:
         place = places[which]
     return _noticed(variant, 90, name, Mutation("", place, None))
+
+
+def race_of_counter() -> list[str]:
+    """What is wrong where many warps weight channels with the counter of batches."""
+    from . import variants
+
+    many_channels = variants.Variant((2, 300, 3), warps=4, momentum=None)
+    with mock.patch.object(variants, "EXCUSED", ()):
+        outcomes = execute([many_channels], 90)
+    return [text for outcome in outcomes for text in outcome.complaints()]
+
+
+def costs(layer: str, layout: str, capability: int) -> list["Cost"]:
+    """See `costs_of_layer`."""
+    from .costs import costs_of_layer
+
+    return costs_of_layer(layer, layout, capability)
 
 
 def mutate(variants: Sequence["Variant"], capability: int, changes: int) -> list[Trial]:

@@ -1,4 +1,4 @@
-"""What ptxas may do to a product that feeds a sum, if neither says `.rn`: the sum becomes an fma."""
+"""What ptxas may do to a product that feeds a sum if neither says `.rn`: make the sum an fma."""
 
 import re
 

@@ -51,6 +51,11 @@ class Region:
         """Whether there was a "load", "store" or "atomic"."""
         return any(access.kind == kind for access in self.accesses)
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it was stored to and not read."""
+        return self.did("store") and not (self.did("load") or self.did("atomic"))
+
     def load(self, offsets: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
         """The bytes from each of the offsets on, [offsets, width]."""
         return self.content[offsets[:, None] + np.arange(width)]
