@@ -60,7 +60,7 @@ def _locate(machine: Machine, space: str, operand: Operand, width: int) -> Calla
     return locate
 
 
-@_form(rf"ld\.(global|shared){_HINTS}(?:\.v([248]))?\.([busf]\d+)")
+@_form(rf"ld\.(global|shared)(?:::cta)?{_HINTS}(?:\.v([248]))?\.([busf]\d+)")
 def _load(machine: Machine, instruction: Instruction, form: re.Match[str]) -> Action:
     space, hint, count, kind = form.groups()
     target, address, *policy = instruction.operands
@@ -79,7 +79,7 @@ def _load(machine: Machine, instruction: Instruction, form: re.Match[str]) -> Ac
     return load
 
 
-@_form(rf"st\.(global|shared){_HINTS}(?:\.v([248]))?\.([busf]\d+)")
+@_form(rf"st\.(global|shared)(?:::cta)?{_HINTS}(?:\.v([248]))?\.([busf]\d+)")
 def _store(machine: Machine, instruction: Instruction, form: re.Match[str]) -> Action:
     space, hint, count, kind = form.groups()
     address, source, *policy = instruction.operands
@@ -178,7 +178,7 @@ def _shuffle(machine: Machine, instruction: Instruction, form: re.Match[str]) ->
     return shuffle
 
 
-@_form(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
+@_form(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared(?:::cta)?\.b16")
 def _matrix(machine: Machine, instruction: Instruction, form: re.Match[str]) -> Action:
     """Lanes 8 m to 8 m + 7 name the rows of matrix m; lane n holds two numbers of row n / 4."""
     registers, address = instruction.operands[:: 1 if form[1] == "ld" else -1]
