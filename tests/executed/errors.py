@@ -16,8 +16,8 @@ Long = NDArray[np.longdouble]
 # Of a float32 sum, in units of the sum of magnitudes. A value that is rounded to 24 bits is off by
 # 2**-24 of itself at most; what adding up adds is random, and less.
 ROUNDING = 2.0**-24
-OF_SUMS = 1e-7  # each deviation is rounded
-OF_SQUARES = 3 * ROUNDING  # that counts twice in a square, which is rounded as well
+OF_SUMS = 2 * ROUNDING  # of deviations, whose magnitudes are at most twice those of the values
+OF_SQUARES = 3 * ROUNDING  # a deviation counts twice in its square, which is rounded as well
 OF_PRODUCTS = 4 * ROUNDING  # a deviation, rstd, xhat and the product
 # Of a float64 sum: a lane adds up 64 numbers, and each addition may be off by half a unit.
 OF_FLOAT64_SUMS = 64 * 2.0**-53
@@ -60,27 +60,13 @@ def _of_neighbours(kernel: str, what: str, actual: torch.Tensor, expected: torch
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     apart = np.abs(rank(actual) - rank(expected))
     largest = float(apart.max(initial=0))
-    if not actual.isfinite().all():
+    if actual.is_floating_point() and not actual.isfinite().all():
         largest = np.inf
     return Error(kernel, what, _name(actual), largest, largest == 0)
 
 
 def _name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def of_buffers(
-    actual: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None]
-) -> Iterable[Error]:
-    """Running statistics: those of the reference or their neighbours; the counter: equal."""
-    for name, tensor in actual.items():
-        if tensor is None:
-            continue
-        if name == "num_batches_tracked":
-            equal = bool((tensor == expected[name]).all())
-            yield Error("normalize", name, _name(tensor), 0.0 if equal else np.inf, equal)
-        else:
-            yield _of_neighbours("normalize", name, tensor, expected[name])
 
 
 class Exact:
@@ -167,6 +153,37 @@ class Exact:
         of_mean = self.weight * rstd * mean
         allowed = self._of_terms(cancelled, np.abs(scaled) + np.abs(self.bias), np.abs(of_mean))
         yield self._of_map("normalize", "y", actual, expected, scaled + self.bias, allowed)
+
+    def of_buffers(
+        self,
+        sums: torch.Tensor,
+        before: dict[str, torch.Tensor | None],
+        actual: dict[str, torch.Tensor | None],
+        expected: dict[str, torch.Tensor | None],
+    ) -> Iterable[Error]:
+        """Running statistics: those of the reference or their neighbours; the counter: equal.
+
+        Of float64, mean and variance have the errors that `_of_terms` says, and the reference its
+        own; what is added to them is no larger than the buffers before and after.
+        """
+        mean, rstd, cancelled = self._statistics(sums)
+        mean_of_squares = cancelled / rstd**2
+        for name, tensor in actual.items():
+            if tensor is None:
+                continue
+            if tensor.dtype != torch.float64:
+                error = _of_neighbours("normalize", name, tensor, expected[name])
+                if name == "num_batches_tracked" and not error.identical:
+                    error = error._replace(error=np.inf)
+                yield error
+                continue
+            of_batch = np.abs(mean if name == "running_mean" else mean_of_squares)[:, 0]
+            new, old = _long(expected[name]), _long(before[name])
+            allowed = UNIT * (6 * of_batch + 2 * (np.abs(new) + np.abs(old)))
+            difference = _long(tensor) - new
+            yield Error(
+                *("normalize", name, "float64"), _worst(difference, allowed), not difference.any()
+            )
 
     def of_grad_input(
         self,

@@ -269,7 +269,7 @@ def run(
                 *arguments, **of_kernel, **options, config=config["normalize"]
             )
             found += exact.of_normalize(sums, actual, expected)
-            found += errors.of_buffers(of_kernel, of_reference)
+            found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
         if wanted("grad_moments"):
             arguments = (drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS)
             actual = grad_moments.grad_moments(*arguments, config["grad_moments"])
