@@ -12,6 +12,7 @@ import concurrent.futures
 import os
 import sys
 import time
+from collections.abc import Iterable
 
 os.environ["TRITON_INTERPRET"] = "0"  # before anything imports triton
 
@@ -68,8 +69,8 @@ def report(outcomes: list[Outcome], seconds: float) -> int:
     return len(wrong)
 
 
-def report_costs(costs: list[Cost]) -> None:
-    """Print a line for each kernel of each layer."""
+def report_costs(costs: Iterable[Cost]) -> None:
+    """Print a line for each kernel of each layer, as they come."""
     print(
         f"{'kernel':13}{'layer':28}{'layout':15}{'instructions':>13}{'sectors':>9}{'of bytes':>9}"
         f"{'banks':>7}"
@@ -77,7 +78,8 @@ def report_costs(costs: list[Cost]) -> None:
     for cost in costs:
         print(
             f"{cost.kernel:13}{cost.layer:28}{cost.layout:15}{cost.instructions:13.1f}"
-            f"{cost.of_requests:9.3f}{cost.of_bytes:9.3f}{cost.conflicts:7.2f}"
+            f"{cost.of_requests:9.3f}{cost.of_bytes:9.3f}{cost.conflicts:7.2f}",
+            flush=True,
         )
     print(
         "instructions: for each element. sectors: over the least for each request, and over those"
@@ -128,7 +130,7 @@ def main() -> int:
                 for layer in layers()
                 for layout in LAYOUTS
             ]
-            report_costs([cost for task in tasks for cost in task.result()])
+            report_costs(cost for task in tasks for cost in task.result())
             return 0
         variants = few_variants() if options.few else all_variants()
         tasks = [
