@@ -8,7 +8,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --
 ENVIRONMENT := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python3
 
-.PHONY: help compare gpu tune test test-gpu soak architectures accuracy sanitize lint format clean
+.PHONY: help compare gpu tune test test-gpu soak architectures executed accuracy sanitize lint format clean
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make soak      train many layers for many steps in four processes"
 	@echo "make architectures   compile every kernel for every architecture: registers, spills, widths"
+	@echo "make executed  execute what is compiled for each architecture; ARGS='--mutations 100' changes it: is it noticed?"
 	@echo "make accuracy  write tests/ACCURACY.md; ARGS='--examples 1000' to check so many drawn cases"
 	@echo "make sanitize  run the kernel tests on a GPU under compute-sanitizer"
 	@echo "make lint      check style and types; make format to mend style"
@@ -65,6 +66,9 @@ soak: $(ENVIRONMENT)
 
 architectures: $(ENVIRONMENT)
 	$(RUN) perf/architectures.py $(ARGS)
+
+executed: $(ENVIRONMENT)
+	$(RUN) -m tests.executed $(ARGS)
 
 accuracy: $(ENVIRONMENT)
 	$(RUN) perf/accuracy.py $(ARGS)

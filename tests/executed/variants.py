@@ -1,0 +1,282 @@
+"""What is executed: layers, each a forward and a backward through the four launchers."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from triton_syncbn.kernels import (
+    combine,
+    grad_input,
+    grad_moments,
+    launch_config,
+    moments,
+    normalize,
+)
+from triton_syncbn.kernels.indexing import Geometry, count_tiles, geometry
+from triton_syncbn.kernels.launch_config import (
+    WRITERS,
+    LaunchConfig,
+    default_config,
+    fit_programs,
+)
+
+from tests.support.ptx.launch import Launch, executed_instead_of_launched
+from tests.support.ptx.parsing import Kernel
+from triton_syncbn import reference
+
+from . import errors
+from .errors import Error
+
+# capability: multiprocessors of a GPU that has it (T4, A100, RTX 3090, H100, B200, RTX 5090)
+ARCHITECTURES = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = ("channels_first", "channels_last")
+EPS = 1e-5
+TILES_OF_PROGRAM = 2  # at least, where programs share a channel, so that each goes around its loop
+
+# All threads load the counter, one stores it: nothing holds the one back until all have loaded.
+EXCUSED = ("num_batches_tracked",)
+
+
+class Variant(NamedTuple):
+    """A layer, and how its kernels are launched.
+
+    weight, bias, running: dtypes, or None where there is none. programs, warps: of each channel or
+    block, and of a program; None: as by default. wide: 64-bit offsets. beside: tensors begin that
+    many elements after an aligned address.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    layout: str = "channels_first"
+    weight: torch.dtype | None = torch.float32
+    bias: torch.dtype | None = torch.float32
+    running: torch.dtype | None = torch.float32
+    counter: bool = True
+    momentum: float | None = 0.1
+    programs: int | None = None
+    warps: int | None = None
+    wide: bool = False
+    beside: int = 0
+
+    def __str__(self) -> str:
+        default = Variant(self.shape)._asdict()
+        parts = ["x".join(map(str, self.shape))]
+        for name, value in self._asdict().items():
+            if value != default[name]:
+                parts.append(f"{name}={str(value).removeprefix('torch.')}")
+        return " ".join(parts)
+
+
+ALIGNED = (2, 8, 16, 16)
+ODD = (3, 5, 7, 7)
+MAPS = [
+    ALIGNED,
+    ODD,
+    (3, 64),  # no maps
+    (8, 16, 9, 11),
+    (1, 8, 2, 2),
+    (5, 37, 3, 61),  # no number of elements in common with a vector
+    (4, 72, 8, 8),  # channels that fill more than one block, not to its end
+    (2, 3, 40, 41),  # rows longer than a tile
+    (6, 2, 3, 4, 5),
+    (2, 1, 33),
+    (2, 300, 3),  # more channels than the program of the running statistics takes at once
+    (0, 8, 4, 4),
+]
+FLAGS: list[dict[str, torch.dtype | bool | float | None]] = [
+    {"bias": None},
+    {"weight": None, "bias": None},
+    {"running": None, "counter": False},
+    {"weight": None, "bias": None, "running": None, "counter": False},
+    {"counter": False},
+    {"momentum": None},
+    {"momentum": 1.0},
+    {"weight": torch.bfloat16, "bias": torch.bfloat16, "running": torch.bfloat16},
+    {"weight": torch.float16, "bias": torch.float16, "running": torch.float16},
+    {"weight": torch.float64, "bias": torch.float64, "running": torch.float64},
+]
+LAUNCHES: list[dict[str, int | bool]] = [
+    {"programs": 3, "warps": 1},
+    {"programs": 2, "warps": 2},
+    {"programs": 5, "warps": 4},
+    {"programs": 1, "warps": 4},
+    {"programs": 3, "warps": 8},
+    {"wide": True},
+    {"wide": True, "programs": 3, "warps": 4},
+    {"beside": 1},
+    {"beside": 3, "programs": 2, "warps": 2},
+]
+
+
+# More programs share a channel than the last of them adds up at once.
+MANY_PROGRAMS = [
+    Variant((2, 2, 64, 64), programs=130, warps=1),
+    Variant((60, 64), programs=20, warps=2),
+]
+
+
+def all_variants() -> list[Variant]:
+    """Every map, dtype and layout; and for some of them all flags and all ways to launch."""
+    maps = [Variant(*chosen) for chosen in itertools.product(MAPS, DTYPES, LAYOUTS)]
+    others = [
+        Variant(shape, dtype, layout, **options)
+        for shape, dtype, layout, options in itertools.product(
+            (ALIGNED, ODD), (torch.float32, torch.bfloat16), LAYOUTS, FLAGS + LAUNCHES
+        )
+    ]
+    return maps + others + MANY_PROGRAMS
+
+
+def few_variants() -> list[Variant]:
+    """What stands for all in the tests."""
+    return [
+        Variant(ALIGNED, torch.bfloat16, programs=3, warps=4),
+        Variant(ODD, torch.bfloat16, programs=2, warps=1),
+        Variant(ODD, torch.float32, "channels_last", programs=3, warps=2, momentum=None),
+        Variant((8, 16, 9, 11), torch.float16, "channels_last", weight=None, bias=None),
+        Variant(ODD, torch.float64, "channels_first", wide=True),
+        Variant((0, 8, 4, 4), torch.float32),
+    ]
+
+
+class Inputs(NamedTuple):
+    """The tensors of a variant: drawn, so that no two channels have the same mean or deviation."""
+
+    input: torch.Tensor
+    grad_output: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    num_batches_tracked: torch.Tensor | None
+
+
+def draw(variant: Variant) -> Inputs:
+    """The same for the same variant."""
+    generator = torch.Generator().manual_seed(0)
+    channels = variant.shape[1]
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+    def place(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+        """In memory that begins `beside` elements after an aligned address."""
+        if dtype is None:
+            return None
+        memory = torch.empty(values.numel() + variant.beside, dtype=dtype)[variant.beside :]
+        return memory.view(values.shape).copy_(values)
+
+    def map_of(values: torch.Tensor) -> torch.Tensor:
+        if variant.layout == "channels_first":
+            return place(values, variant.dtype)
+        return place(values.movedim(1, -1), variant.dtype).movedim(-1, 1)
+
+    per_channel = (-1, *[1] * (len(variant.shape) - 2))
+    deviation = normal(channels).exp().view(per_channel)
+    mean = (3 * normal(channels)).view(per_channel)
+    return Inputs(
+        map_of(normal(*variant.shape) * deviation + mean),
+        map_of(normal(*variant.shape) + 0.1),
+        place(normal(channels) + 1, variant.weight),
+        place(normal(channels), variant.bias),
+        place(normal(channels), variant.running),
+        place(normal(channels).exp(), variant.running),
+        torch.tensor(3) if variant.counter else None,
+    )
+
+
+def config_of(kernel: str, variant: Variant, input: torch.Tensor, capability: int) -> LaunchConfig:
+    """The default for a GPU of the architecture, but for what the variant says."""
+    shape = geometry(input)
+    config = default_config(kernel, shape, ARCHITECTURES[capability])
+    if variant.warps:
+        config = config._replace(num_warps=variant.warps)
+    if variant.programs:
+        while _tiles(kernel, shape, config) < TILES_OF_PROGRAM * variant.programs:
+            if config.block_rows > 1:
+                config = config._replace(block_rows=config.block_rows // 2)
+            elif config.block_columns > shape.vector:
+                config = config._replace(block_columns=config.block_columns // 2)
+            else:
+                break
+        config = fit_programs(kernel, shape, config._replace(programs=variant.programs))
+    return config
+
+
+def _tiles(kernel: str, shape: Geometry, config: LaunchConfig) -> int:
+    if kernel in WRITERS and not shape.channels_last:
+        return shape.values * shape.channels // config.block_columns
+    return count_tiles(shape, config.block_rows, config.block_columns)
+
+
+@contextlib.contextmanager
+def _offsets(wide: bool) -> Iterator[None]:
+    launch_config.output_grid.cache_clear()
+    with mock.patch.object(launch_config, "WIDE_FROM", 0 if wide else launch_config.WIDE_FROM):
+        yield
+    launch_config.output_grid.cache_clear()
+
+
+def run(
+    variant: Variant,
+    capability: int,
+    seed: int | None = None,
+    kernel: str | None = None,
+    change: Callable[[Kernel], Kernel] | None = None,
+) -> tuple[list[Error], list[Launch]]:
+    """Execute the four kernels of a layer, or one of them, and compare what they write.
+
+    change: what is done to a kernel before it is executed.
+    """
+    combine._arrivals.clear()  # whatever a launch before this one left there
+    drawn = draw(variant)
+    exact = errors.Exact(drawn.input, drawn.grad_output, drawn.weight, drawn.bias, EPS)
+    config = {
+        name: config_of(name, variant, drawn.input, capability)
+        for name in ("moments", "normalize", "grad_moments", "grad_input")
+    }
+    found: list[Error] = []
+    wanted = (lambda name: True) if kernel is None else kernel.__eq__
+    with (
+        _offsets(variant.wide),
+        executed_instead_of_launched(capability, seed, change, EXCUSED) as launches,
+    ):
+        # Each kernel gets what the reference made of the steps before.
+        sums = reference.moments(drawn.input)
+        products = reference.grad_moments(
+            drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS
+        )[0]
+        if wanted("moments"):
+            found += exact.of_moments(moments.moments(drawn.input, config["moments"]))
+        if wanted("normalize"):
+            arguments = (drawn.input, sums, drawn.weight, drawn.bias)
+            options = {"momentum": variant.momentum, "eps": EPS}
+            if variant.momentum is None and not variant.counter:
+                options["momentum"] = 0.1
+            of_reference, of_kernel = (
+                {
+                    name: None if tensor is None else tensor.clone()
+                    for name, tensor in list(drawn._asdict().items())[4:]
+                }
+                for _ in range(2)
+            )
+            expected = reference.normalize(*arguments, **of_reference, **options)
+            actual = normalize.normalize(
+                *arguments, **of_kernel, **options, config=config["normalize"]
+            )
+            found += exact.of_normalize(sums, actual, expected)
+            found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
+        if wanted("grad_moments"):
+            arguments = (drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS)
+            actual = grad_moments.grad_moments(*arguments, config["grad_moments"])
+            found += exact.of_grad_moments(sums, *actual)
+        if wanted("grad_input"):
+            arguments = (drawn.grad_output, drawn.input, sums, products, drawn.weight, EPS)
+            expected = reference.grad_input(*arguments)
+            actual = grad_input.grad_input(*arguments, config["grad_input"])
+            found += exact.of_grad_input(sums, products, actual, expected)
+    return found, launches

@@ -1,0 +1,184 @@
+"""Processes that compile and execute: where Triton interprets kernels, it cannot compile them."""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
+
+import torch
+
+if TYPE_CHECKING:  # what imports the kernels does so in the workers
+    from .costs import Cost
+    from .errors import Error
+    from .mutations import Mutation
+    from .variants import Variant
+
+SEEDS = (None, 1)  # in step, and in another order
+KERNELS = ("moments", "normalize", "grad_moments", "grad_input")
+
+
+class Outcome(NamedTuple):
+    """Of one execution of a variant: its errors, or the fault that stopped it."""
+
+    variant: str
+    capability: int
+    seed: int | None
+    errors: list["Error"]
+    fault: str
+    kernels: frozenset[str]  # of all that were executed, the PTX
+
+    def complaints(self) -> list[str]:
+        """What is wrong."""
+        if self.fault:
+            return [self.fault]
+        return [
+            f"{e.kernel} {e.what} {e.dtype}: {e.error:.3g}" for e in self.errors if not e.error <= 1
+        ]
+
+
+class Trial(NamedTuple):
+    """Of one mutation: what noticed it, or nothing."""
+
+    variant: str
+    kernel: str
+    mutation: str
+    barrier: bool
+    warps: int
+    noticed: str
+
+
+@contextlib.contextmanager
+def workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes that compile, whatever Triton does in this one."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="0"),
+        concurrent.futures.ProcessPoolExecutor(jobs, context, _prepare) as executor,
+    ):
+        yield executor
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    # torch.empty returns NaN, or the largest integer
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def execute(
+    variants: Sequence["Variant"], capability: int, seeds: Sequence[int | None] = SEEDS
+) -> list[Outcome]:
+    """Run variants, in each of the orders; sums of products are contracted in all but the first."""
+    from tests.support.ptx.contraction import contract
+    from tests.support.ptx.parsing import PtxError
+
+    from .variants import run
+
+    outcomes = []
+    for variant in variants:
+        for seed in seeds:
+            label = str(variant), capability, seed
+            try:
+                change = None if seed is None else contract
+                errors, launches = run(variant, capability, seed, change=change)
+            except PtxError as error:
+                outcomes.append(Outcome(*label, [], str(error), frozenset()))
+            else:
+                texts = frozenset(launch.compiled for launch in launches)
+                outcomes.append(Outcome(*label, errors, "", texts))
+    return outcomes
+
+
+def execute_few(capability: int, chosen: slice) -> list[Outcome]:
+    """Run some of the few variants."""
+    from .variants import few_variants
+
+    return execute(few_variants()[chosen], capability)
+
+
+def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
+    """What notices that an instruction is left out, of a kernel of several warps and programs: of
+    those whose opcode begins so, the one of that number, or the last before another opcode.
+    """
+    from .mutations import Mutation
+    from .variants import few_variants, run
+
+    variant = few_variants()[0]
+    _, (launch,) = run(variant, 90, None, name)
+    opcodes = [instruction.opcode for instruction in launch.kernel.instructions]
+    places = [n for n, found in enumerate(opcodes) if found.startswith(opcode)]
+    if isinstance(which, str):
+        end = next(n for n, found in enumerate(opcodes) if found.startswith(which))
+        place = max(n for n in places if n < end)
+    else:
+        place = places[which]
+    return _noticed(variant, 90, name, Mutation("", place, None))
+
+
+def race_of_counter() -> list[str]:
+    """What is wrong where many warps weight channels with the counter of batches."""
+    from . import variants
+
+    many_channels = variants.Variant((2, 300, 3), warps=4, momentum=None)
+    with mock.patch.object(variants, "EXCUSED", ()):
+        outcomes = execute([many_channels], 90)
+    return [text for outcome in outcomes for text in outcome.complaints()]
+
+
+def costs(layer: str, layout: str, capability: int) -> list["Cost"]:
+    """See `costs_of_layer`."""
+    from .costs import costs_of_layer
+
+    return costs_of_layer(layer, layout, capability)
+
+
+def mutate(variants: Sequence["Variant"], capability: int, changes: int) -> list[Trial]:
+    """Leave out each barrier in turn, and make so many other changes to the kernels."""
+    from .mutations import draw, without_barriers
+    from .variants import run
+
+    kernels = {}
+    for variant in variants:
+        for name in KERNELS:
+            _, (launch,) = run(variant, capability, None, name)
+            kernels[variant, name] = launch.kernel
+    work = [
+        (variant, name, mutation, True)
+        for (variant, name), kernel in kernels.items()
+        for mutation in without_barriers(kernel)
+    ]
+    dice = random.Random(0)
+    for _ in range(changes):
+        (variant, name), kernel = dice.choice(list(kernels.items()))
+        work.append((variant, name, draw(kernel, dice), False))
+    return [
+        Trial(
+            str(variant),
+            name,
+            mutation.words,
+            barrier,
+            kernels[variant, name].threads // 32,
+            _noticed(variant, capability, name, mutation),
+        )
+        for variant, name, mutation, barrier in work
+    ]
+
+
+def _noticed(variant: "Variant", capability: int, name: str, mutation: "Mutation") -> str:
+    from tests.support.ptx.parsing import PtxError
+
+    from .variants import run
+
+    for seed in SEEDS:
+        try:
+            errors, _ = run(variant, capability, seed, name, mutation)
+        except PtxError as error:
+            return str(error)
+        wrong = [f"{e.what}: {e.error:.3g}" for e in errors if not e.error <= 1]
+        if wrong:
+            return ", ".join(wrong)
+    return ""

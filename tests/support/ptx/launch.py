@@ -1,0 +1,136 @@
+"""The kernels' launchers, unchanged, on CPU tensors: what they launch is compiled for an
+architecture and executed here.
+"""
+
+import contextlib
+import struct
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from .machine import Machine
+from .memory import GlobalMemory, Region
+from .parsing import Kernel, PtxError, parse
+from .races import check_races
+
+INTEGER_BITS = {f"{sign}{bits}": bits for sign in "iu" for bits in (1, 8, 16, 32, 64)}
+FLOAT_FORMATS = {"fp32": "<f", "fp64": "<d"}
+
+
+class Launch(NamedTuple):
+    """A launch that was executed."""
+
+    compiled: str  # its hash
+    kernel: Kernel
+    machine: Machine
+
+    def region(self, tensor: torch.Tensor) -> Region:
+        """What the kernel did to a tensor."""
+        return self.machine.memory.region(tensor)
+
+
+class _Target:
+    """A driver for Triton that names the target; the compiler asks for nothing else."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def executed_instead_of_launched(
+    capability: int,
+    seed: int | None = None,
+    change: Callable[[Kernel], Kernel] | None = None,
+    excused: Collection[str] = (),
+) -> Iterator[list[Launch]]:
+    """Execute the launches under it, compiled for an architecture, such as 90, and collect them.
+
+    seed: see `Machine`. change: what to do to a kernel before it is executed. excused: parameters
+    in which races are let pass. The driver stays replaced: such a process executes and does nothing
+    else, and TRITON_INTERPRET must not be set in it.
+    """
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def execute(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        compiled = run(self, *arguments, grid=grid, warmup=True, **named)
+        kernel = parse(compiled.asm["ptx"])
+        names = {name: value for name, value in named.items() if name in self.arg_names}
+        values = self.signature.bind(*arguments, **names)
+        values.apply_defaults()
+        memory = GlobalMemory(seed or 0)
+        parameters = [
+            _bits(memory, name, kind, value)
+            for name, kind, value in _flatten(compiled.src.signature, values.arguments)
+        ]
+        # Triton adds pointers to memory of its own, for which these kernels have no use.
+        parameters += [0] * (len(kernel.parameters) - len(parameters))
+        machine = Machine(
+            change(kernel) if change else kernel,
+            _programs(grid),
+            parameters,
+            memory,
+            compiled.metadata.shared,
+            seed,
+        )
+        launches.append(Launch(compiled.hash, kernel, machine))
+        machine.run()
+        _check(machine, excused)
+
+    driver.set_active(_Target(GPUTarget("cuda", capability, 32)))
+    with mock.patch.object(JITFunction, "run", execute):
+        yield launches
+
+
+def _programs(grid: tuple[int, ...]) -> int:
+    programs, *others = grid
+    if others not in ([], [1], [1, 1]):
+        raise PtxError(f"expected a grid of one dimension, got {grid}")
+    return programs
+
+
+def _flatten(kinds: Any, values: Any) -> Iterator[tuple[str, str, Any]]:
+    """Name, type and value of each argument that is passed at run time; tuples are taken apart."""
+    for name, kind in kinds.items():
+        if isinstance(kind, tuple):
+            parts = (dict(enumerate(part)) for part in (kind, values[name]))
+            yield from ((f"{name}.{n}", k, v) for n, k, v in _flatten(*parts))
+        elif kind != "constexpr":
+            yield name, kind, values[name]
+
+
+def _bits(memory: GlobalMemory, name: str, kind: str, value: Any) -> int:
+    """An argument as the kernel gets it."""
+    if kind.startswith("*"):
+        return memory.place(name, value)
+    if kind in FLOAT_FORMATS:
+        return int.from_bytes(struct.pack(FLOAT_FORMATS[kind], value), "little")
+    return int(value) % (1 << INTEGER_BITS[kind])
+
+
+def _check(machine: Machine, excused: Collection[str]) -> None:
+    """What is written and not read is written once; else, no races; counters are back at 0."""
+    regions = machine.memory.regions
+    for region in (machine.shared, *regions):
+        if region is not machine.shared and region.is_output:
+            region.check_stored_once()
+        elif region.name not in excused:
+            check_races(region, machine.atomics, machine.kernel.threads)
+    for region in regions:
+        for access in region.accesses:
+            if access.kind == "atomic" and region.load(access.offsets, access.width).any():
+                raise PtxError(f"{region.name}: a counter is not left at 0")

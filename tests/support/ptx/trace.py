@@ -1,0 +1,62 @@
+"""What an executed kernel would have cost: instructions, memory transactions, bank conflicts.
+
+Memory is moved in sectors of 32 bytes. A load or store by a warp is one request; it takes as many
+sectors as its threads touch. Shared memory has 32 banks, 4 bytes wide, each of which serves one
+word at a time (CUDA C++ Programming Guide, "Maximize Memory Throughput").
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .memory import WARP, Region
+
+SECTOR = 32
+BANKS, BANK_BYTES = 32, 4
+
+
+class Transactions(NamedTuple):
+    """Of all requests of a region: how many, what they took, and the least that would have done."""
+
+    requests: int
+    taken: int
+    least: int
+
+
+def sectors(region: Region) -> Transactions:
+    """Sectors of global memory, and how many the bytes of each request would fill."""
+    requests = taken = least = 0
+    for access in region.accesses:
+        warp = access.threads // WARP
+        requests += len(np.unique(warp))
+        first = access.offsets // SECTOR
+        span = -(-access.width // SECTOR)  # aligned: what is narrower lies in one
+        touched = _unique(np.repeat(warp, span), (first[:, None] + np.arange(span)).ravel())
+        taken += len(touched[0])
+        _, places = np.unique(_unique(warp, access.offsets)[0], return_counts=True)
+        least += int((-(-places * access.width // SECTOR)).sum())
+    return Transactions(requests, taken, least)
+
+
+def bank_conflicts(shared: Region) -> Transactions:
+    """Passes over the banks of shared memory, and how many the words of each request need."""
+    requests = taken = least = 0
+    for access in shared.accesses:
+        words = max(access.width // BANK_BYTES, 1)
+        lanes_at_once = WARP // words  # wide accesses go by halves and quarters of a warp
+        warp = access.threads // WARP
+        part = warp * words + access.threads % WARP // lanes_at_once
+        requests += len(np.unique(warp))
+        word = access.offsets[:, None] // BANK_BYTES + np.arange(words)
+        parts, addresses = _unique(np.repeat(part, words), word.ravel())
+        banks, passes = np.unique(parts * BANKS + addresses % BANKS, return_counts=True)
+        starts = np.flatnonzero(np.diff(banks // BANKS, prepend=-1))
+        taken += int(np.maximum.reduceat(passes, starts).sum())
+        least += len(starts)
+    return Transactions(requests, taken, least)
+
+
+def _unique(*columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Different rows of a table, given and returned by columns."""
+    return np.unique(np.stack(columns), axis=1)
