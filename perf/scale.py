@@ -73,7 +73,7 @@ def gather_merge(world_size: int, channels: int, device: torch.device) -> Callab
     """
     gathered = _gathered_statistics(world_size, channels, device)
     if device.type == "cpu":
-        return lambda: reference._mean_and_variance(merge(gathered, EPS))
+        return lambda: reference.mean_and_variance(merge(gathered, EPS))
     means, rstds, counts = gathered.split((channels, channels, 1), dim=1)
     input = torch.zeros(1, channels, device=device)  # read for its dtype alone
     running_mean, running_var = torch.zeros_like(input[0]), torch.ones_like(input[0])
@@ -91,7 +91,7 @@ def all_reduce_finish(channels: int, device: torch.device) -> Callable[[], objec
     """
     moments = merge(_gathered_statistics(2, channels, device), EPS)
     if device.type == "cpu":
-        return lambda: reference._mean_and_variance(moments)
+        return lambda: reference.mean_and_variance(moments)
     input = torch.zeros(1, channels, device=device)
     running_mean, running_var = torch.zeros_like(input[0]), torch.ones_like(input[0])
     return lambda: ops.normalize(

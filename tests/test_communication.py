@@ -142,10 +142,10 @@ BAD_CALLS = {
     ),
     "one buffer": (lambda: {"running_var": None}, ValueError, "running_var: expected a tensor"),
     "no counter": (lambda: {"momentum": None}, ValueError, "num_batches_tracked: .*momentum"),
-    "float counter": (
-        lambda: {"num_batches_tracked": torch.tensor(0.0)},
+    "boolean counter": (
+        lambda: {"num_batches_tracked": torch.tensor(False)},
         TypeError,
-        r"num_batches_tracked: expected an int64.*torch\.float32",
+        r"num_batches_tracked: expected a tensor of numbers.*torch\.bool",
     ),
     "counter elsewhere": (
         lambda: {"num_batches_tracked": torch.tensor(0, device="meta")},

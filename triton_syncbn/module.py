@@ -5,11 +5,10 @@ import itertools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import convert
+from . import convert, groups
 from .functional import sync_batch_norm
 
 _numbers = itertools.count()  # of the layers that are made, so that each has a name
@@ -34,7 +33,9 @@ class SyncBN(_BatchNorm):
         affine: whether there are weight and bias, (C,) each.
         track_running_stats: whether there are running statistics. Without them eval mode uses this
             rank's batch.
-        process_group: the ranks to synchronize; None for all of them.
+        process_group: the ranks to synchronize: a ProcessGroup, such as `sync_group` returns, a
+            DeviceMesh of one dimension, or None for all of them. It may be one without this rank
+            as long as this rank does not train.
         device, dtype: of parameters and buffers.
         bias: False for a weight without a bias.
 
@@ -102,7 +103,7 @@ class SyncBN(_BatchNorm):
         settings = super().extra_repr()
         if self.process_group is None:
             return settings
-        return f"{settings}, process_group=ranks {dist.get_process_group_ranks(self.process_group)}"
+        return f"{settings}, process_group={groups.describe(self.process_group)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBN":
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied, only shared
