@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import ACTIVATIONS
+from triton_syncbn.activations import ACTIVATIONS
 
 
 class Block(NamedTuple):

@@ -56,7 +56,7 @@ def update_running_statistics(
     if num_batches_tracked is not None:
         batches = tl.load(num_batches_tracked).to(tl.float64) + 1.0
         if num_batches_tracked.dtype.element_ty.is_floating():
-            counted = cast_down(batches, num_batches_tracked.dtype.element_ty)
+            counted = convert_to(batches, num_batches_tracked.dtype.element_ty)
         else:
             counted = batches.to(num_batches_tracked.dtype.element_ty)
         tl.store(num_batches_tracked, counted, mask=count > 0.0)

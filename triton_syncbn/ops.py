@@ -8,6 +8,7 @@ input does if that is dense in either layout (channels first or channels last), 
 
 import functools
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -18,20 +19,26 @@ from torch import Tensor
 
 from . import reference
 
+_BLOCK = "str? activation=None, float activation_slope=0.0"
 _SCHEMAS = {
     "moments": "(Tensor input) -> Tensor",
     "normalize": (
-        "(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, "
+        "(Tensor input, Tensor? moments, Tensor? weight, Tensor? bias, *, "
         "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
-        "Tensor(c!)? num_batches_tracked=None, float? momentum=None, float eps) -> Tensor"
+        "Tensor(c!)? num_batches_tracked=None, float? momentum=None, float eps, "
+        f"Tensor? residual=None, Tensor(d!)? gates=None, {_BLOCK}) -> Tensor"
     ),
     "grad_moments": (
-        "(Tensor grad_output, Tensor input, Tensor moments, ScalarType? weight_dtype, "
-        "ScalarType? bias_dtype, float eps) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_output, Tensor input, Tensor? moments, ScalarType? weight_dtype, "
+        "ScalarType? bias_dtype, float eps, *, Tensor? weight=None, Tensor? bias=None, "
+        "Tensor? running_mean=None, Tensor? running_var=None, Tensor? residual=None, "
+        f"Tensor? gates=None, {_BLOCK}) -> (Tensor, Tensor, Tensor)"
     ),
     "grad_input": (
-        "(Tensor grad_output, Tensor input, Tensor moments, Tensor grad_moments, "
-        "Tensor? weight, float eps) -> Tensor"
+        "(Tensor grad_output, Tensor input, Tensor? moments, Tensor? grad_moments, "
+        "Tensor? weight, float eps, *, Tensor? bias=None, Tensor? running_mean=None, "
+        "Tensor? running_var=None, Tensor(a!)? grad_residual=None, Tensor? residual=None, "
+        f"Tensor? gates=None, {_BLOCK}) -> Tensor"
     ),
 }
 
@@ -89,24 +96,49 @@ def _moments(input: Tensor) -> Tensor:
     return _run("moments", dense(input))
 
 
-def _normalize(input: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-    if torch._C._current_graph_task_id() != -1:
+def _normalize(
+    input: Tensor,
+    moments: Tensor | None,
+    *arguments: Any,
+    residual: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    if moments is not None and torch._C._current_graph_task_id() != -1:
         # In a backward, so activation checkpointing computes a forward again, whose batch the
         # running statistics have seen. Decided here, as a compiled graph has no other place for it.
         settings.update(running_mean=None, running_var=None, num_batches_tracked=None)
-    return _run("normalize", dense(input), *arguments, **settings)
-
-
-def _grad_moments(
-    grad_output: Tensor, input: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    return _run("grad_moments", laid_out_like(grad_output, input), input, *arguments)
+    if residual is not None:
+        settings["residual"] = laid_out_like(residual, input)
+    return _run("normalize", input, moments, *arguments, **settings)
 
 
-def _grad_input(grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
-    input = dense(input)
-    return _run("grad_input", laid_out_like(grad_output, input), input, *arguments)
+def _backward_step(name: str) -> Callable[..., Any]:
+    def run(
+        grad_output: Tensor,
+        input: Tensor,
+        *arguments: Any,
+        residual: Tensor | None = None,
+        **settings: Any,
+    ) -> Any:
+        input = dense(input)
+        if residual is not None:
+            settings["residual"] = laid_out_like(residual, input)
+        return _run(name, laid_out_like(grad_output, input), input, *arguments, **settings)
+
+    return run
+
+
+def new_gates(input: Tensor) -> Tensor:
+    """What keeps the gates of a block (see kernels/blocks.py): uint8, one of them for each element,
+    or for eight where they lie in one vector of one program.
+    """
+    elements = input.numel()
+    together = input.shape[1] if is_channels_last(input) and not input.is_contiguous() else elements
+    if elements == math.prod(input.shape[:2]):
+        together = input.shape[1]
+    packed = input.itemsize == 2 and together % 8 == 0
+    return input.new_empty(elements // 8 if packed else elements, dtype=torch.uint8)
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -156,7 +188,8 @@ def _grad_moments_shape(
     moments: Tensor,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
-    eps: float,
+    *settings: Any,
+    **block: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = input.shape[1]
     return (
@@ -166,7 +199,7 @@ def _grad_moments_shape(
     )
 
 
-def _grad_input_shape(grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+def _grad_input_shape(grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any) -> Tensor:
     return torch.empty_like(dense(input))
 
 
@@ -174,8 +207,8 @@ _library = torch.library.Library("triton_syncbn", "DEF")
 for _name, _implementation, _shape in (
     ("moments", _moments, _moments_shape),
     ("normalize", _normalize, _normalize_shape),
-    ("grad_moments", _grad_moments, _grad_moments_shape),
-    ("grad_input", _grad_input, _grad_input_shape),
+    ("grad_moments", _backward_step("grad_moments"), _grad_moments_shape),
+    ("grad_input", _backward_step("grad_input"), _grad_input_shape),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _refusing_gradients(_name, _implementation), "CompositeExplicitAutograd")
