@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo
+from tests.ranks import counted_communication
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -18,7 +19,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests.ranks import counted_communication
 from triton_syncbn import SyncBN, checkpoint_contexts, function
 from triton_syncbn.checkpointing import keep_sums
 
