@@ -137,7 +137,8 @@ def grad_input(
     or None.
     """
     shape = geometry(input)
-    config = config or lookup("grad_input", shape, input.dtype, input.device)
+    wide = residual is not None or gates is not None
+    config = config or lookup("grad_input", shape, input.dtype, input.device, wide)
     output = torch.empty_like(input)
     programs, reciprocal = writer_programs(shape, config)
     if input.numel() == 0:

@@ -147,7 +147,8 @@ def grad_moments(
     [C] of bias_dtype. A gradient whose dtype is None is not made: its tensor is empty.
     """
     shape = geometry(input)
-    config = config or lookup("grad_moments", shape, input.dtype, input.device)
+    wide = residual is not None or gates is not None
+    config = config or lookup("grad_moments", shape, input.dtype, input.device, wide)
     blocks = reduction_blocks(shape, config)
     output = torch.empty(2 * shape.channels, dtype=torch.float64, device=input.device)
     grad_weight = torch.empty(

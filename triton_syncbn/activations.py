@@ -23,61 +23,61 @@ class Activation(NamedTuple):
     gated: bool  # the derivative has two values, 1 and the slope: one bit per element tells which
 
 
-def relu(z: Any, slope: float) -> Any:
+def relu(z, slope):
     return where(z <= 0.0, 0.0, z)
 
 
-def relu_derivative(z: Any, slope: float) -> Any:
+def relu_derivative(z, slope):
     return where(z <= 0.0, 0.0, 1.0)
 
 
-def relu6(z: Any, slope: float) -> Any:
+def relu6(z, slope):
     return where(z <= 0.0, 0.0, where(z >= 6.0, 6.0, z))
 
 
-def relu6_derivative(z: Any, slope: float) -> Any:
+def relu6_derivative(z, slope):
     return where((z <= 0.0) | (z >= 6.0), 0.0, 1.0)
 
 
-def leaky_relu(z: Any, slope: float) -> Any:
+def leaky_relu(z, slope):
     return where(z <= 0.0, z * slope, z)
 
 
-def leaky_relu_derivative(z: Any, slope: float) -> Any:
+def leaky_relu_derivative(z, slope):
     return where(z <= 0.0, slope, 1.0)
 
 
-def elu(z: Any, slope: float) -> Any:
+def elu(z, slope):
     return where(z <= 0.0, exp(where(z <= 0.0, z, 0.0)) - 1.0, z)
 
 
-def elu_derivative(z: Any, slope: float) -> Any:
+def elu_derivative(z, slope):
     return where(z <= 0.0, exp(where(z <= 0.0, z, 0.0)), 1.0)
 
 
-def silu(z: Any, slope: float) -> Any:
+def silu(z, slope):
     return z / (1.0 + exp(-z))
 
 
-def silu_derivative(z: Any, slope: float) -> Any:
+def silu_derivative(z, slope):
     sigmoid = 1.0 / (1.0 + exp(-z))
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
-def gelu(z: Any, slope: float) -> Any:
+def gelu(z, slope):
     return 0.5 * z * (1.0 + erf(z * 0.7071067811865476))
 
 
-def gelu_derivative(z: Any, slope: float) -> Any:
+def gelu_derivative(z, slope):
     density = 0.3989422804014327 * exp(-0.5 * z * z)
     return 0.5 * (1.0 + erf(z * 0.7071067811865476)) + z * density
 
 
-def hardswish(z: Any, slope: float) -> Any:
+def hardswish(z, slope):
     return where(z <= -3.0, 0.0, where(z >= 3.0, z, z * (z + 3.0) * (1.0 / 6.0)))
 
 
-def hardswish_derivative(z: Any, slope: float) -> Any:
+def hardswish_derivative(z, slope):
     return where(z <= -3.0, 0.0, where(z >= 3.0, 1.0, z * (1.0 / 3.0) + 0.5))
 
 
