@@ -55,7 +55,7 @@ tune: $(ENVIRONMENT)
 	$(RUN) perf/tune.py --write $(ARGS)
 
 test: $(ENVIRONMENT)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-gpu: $(ENVIRONMENT)
 	$(RUN) -m pytest -m gpu $(ARGS)

@@ -55,7 +55,7 @@ def all_reduce(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> Ten
     if torch.compiler.is_compiling():
         dist.all_reduce(sums, group=group)
         return sums
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 and _operators_are_recorded():
         return _all_reduce_as_operator(sums, group.group_name, layer_name, pass_name)
     try:
         agreed = _all_reduce_checked(sums, group, layer_name, pass_name) if _checking else None
@@ -94,6 +94,14 @@ def _all_reduce_checked(sums: Tensor, group: Any, layer_name: str, pass_name: st
     dist.all_reduce(message, group=group)
     sums.copy_(message[4 : 4 + sums.numel()].view_as(sums))
     return torch.equal(message[:4].cpu(), mine * dist.get_world_size(group))
+
+
+def _operators_are_recorded() -> bool:
+    """Whether a mode is active that may keep what operators return; torch's counter of collectives
+    does not, and counts its own ones alone.
+    """
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ != "CommDebugMode" for mode in modes)
 
 
 def _all_reduce_copy(sums: Tensor, group_name: str, layer_name: str, pass_name: str) -> Tensor:

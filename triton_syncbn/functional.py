@@ -2,6 +2,7 @@
 communication.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ def sync_batch_norm(
     gradient); a process that is alone, or is not training, communicates nothing. Gradients of
     weight and bias are those of this rank's samples; DistributedDataParallel or FSDP reduce them.
 
+    Activation checkpointing computes a forward again in backward: that one moves no buffer, and
+    with `checkpoint_contexts` it sends nothing. Under torch.func, forward-mode AD and, of a process
+    that is alone, torch.export, the same is computed by operators of torch.
+
     Args:
         input: (N, C, *spatial) with any number of spatial dimensions, float16, bfloat16, float32 or
             float64. Contiguous and channels-last memory are read as they are, other strides
@@ -73,7 +78,9 @@ def sync_batch_norm(
         TypeError, ValueError: an argument is not what is said above, or not on the input's device;
             or a training batch of a process that is alone has one value per channel. Raised before
             any communication.
-        RuntimeError: the communication failed, as a rank died or did not come in time.
+        RuntimeError: the communication failed, as a rank died or did not come in time; or
+            torch.export of training with other ranks; or torch.func with buffers that it lets
+            nobody change, as with torch's own batch norm.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
     group = _group_to_synchronize(process_group, training, input.device)
@@ -208,20 +215,23 @@ def _check_tensors(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a torch.Tensor, got {type(input).__name__}")
+    if type(input) is not Tensor:
+        _check_kind("input", "torch.Tensor", input)
+    if input.layout is not torch.strided or input.is_nested:
+        kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
+        raise TypeError(f"input: expected a dense torch.Tensor, got a {kind.strip('_')} one")
     if input.dtype not in _DTYPES:
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
-    if input.shape[1] == 0:
+    channels, device = input.shape[1], input.device
+    if channels == 0:
         raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             f"{missing}: expected a tensor, as the other running statistic is one; got None"
         )
-    channels, device = input.shape[1], input.device
     for name, tensor in (
         ("weight", weight),
         ("bias", bias),
@@ -230,8 +240,8 @@ def _check_tensors(
     ):
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            _check_kind(name, "torch.Tensor or None", tensor)
         if tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -247,6 +257,15 @@ def _check_tensors(
             )
         if not tensor.is_contiguous() and name.startswith("running"):
             raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
+
+
+def _check_kind(name: str, expected: str, tensor: Any) -> None:
+    """Raise TypeError where this is no tensor of this rank."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # imported where there is one
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise TypeError(f"{name}: expected this rank's {expected}, got a DTensor")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a {expected}, got {type(tensor).__name__}")
 
 
 def _check_counter(num_batches_tracked: Tensor, input: Tensor) -> None:

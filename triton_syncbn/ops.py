@@ -158,14 +158,15 @@ class _NotDifferentiable(torch.autograd.Function):
 
 
 def _refusing_gradients(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation; its results know where to raise if somebody differentiates them.
+    """The implementation; its results raise if somebody differentiates them, which
+    SyncBatchNormFunction does not, as it runs without grad mode.
 
-    A kernel for autograd's dispatch key would cost every call microseconds.
+    A kernel of autograd's own would cost every call microseconds.
     """
 
     def run(*arguments: Any, **settings: Any) -> Any:
         results = implementation(*arguments, **settings)
-        if torch.is_grad_enabled():  # so not in SyncBatchNormFunction
+        if torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments):
             tensors = results if isinstance(results, tuple) else (results,)
             marked = _NotDifferentiable.apply(name, len(tensors), *tensors, *arguments)
             return marked if isinstance(results, tuple) else marked[0]

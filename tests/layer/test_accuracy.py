@@ -37,6 +37,7 @@ def test_larger_tensors_are_exact(seed):
     assert_exact(example, training.train_steps("reference", example))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_any_split_over_processes_is_exact(ranks, seed):
     """The layer in real processes, so what goes over the wire is tested too."""
@@ -64,6 +65,7 @@ def test_one_value_a_channel_over_all_ranks(sizes, dtype, ranks):
     assert_exact(example, result)
 
 
+@pytest.mark.slow
 def test_counts_beyond_24_bits():
     """2**24 + 3 values: float32 cannot count them, nor add them up one by one."""
     example = examples.make_example((1,), 1, (2**24 + 3,), mean=3.0)
@@ -91,6 +93,7 @@ def test_large_mean_is_100_times_better_than_torch():
     assert 100 * max(kernels, plain) <= theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in examples.HARD_EXAMPLES if "2**" not in name])
 def test_what_the_table_says_holds(name):
     """ACCURACY.md as committed: ours is at most torch's or noise, and still as good as it says."""
@@ -107,6 +110,7 @@ def test_what_the_table_says_holds(name):
         assert all(mine <= max(claim, NOISE) for mine, claim in zip(ours, claimed, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 0, 2, 3, 2)], ids=str)
 def test_equal_values_have_no_variance(sizes, implementation):

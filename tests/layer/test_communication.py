@@ -5,6 +5,8 @@ nothing.
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_syncbn
@@ -112,6 +114,11 @@ def test_a_group_without_this_rank_is_an_error(reference_ranks):
     assert reference_ranks.run(call_with_a_foreign_group, 2) == [None, []]
 
 
+def distributed(tensor):
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())), _init_backend=False)
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+
+
 BAD_CALLS = {
     "1-D": (lambda: {"input": torch.randn(CHANNELS)}, ValueError, r"input: .*\(N, C, \*spatial\)"),
     "channels": (
@@ -125,6 +132,40 @@ BAD_CALLS = {
         r"input: expected float16.*torch\.int64",
     ),
     "not a tensor": (lambda: {"input": [[1.0] * CHANNELS]}, TypeError, "input: .*got list"),
+    "sparse": (
+        lambda: {"input": torch.randn(2, CHANNELS, 3).to_sparse()},
+        TypeError,
+        "input: expected a dense torch.Tensor, got a sparse_coo one",
+    ),
+    "nested": (
+        lambda: {"input": torch.nested.nested_tensor([torch.randn(CHANNELS, 3)] * 2)},
+        TypeError,
+        "input: expected a dense torch.Tensor, got a nested one",
+    ),
+    "jagged": (
+        lambda: {
+            "input": torch.nested.nested_tensor(
+                [torch.randn(2, CHANNELS), torch.randn(1, CHANNELS)], layout=torch.jagged
+            )
+        },
+        TypeError,
+        "input: expected a dense torch.Tensor, got a nested one",
+    ),
+    "mkldnn": (
+        lambda: {"input": torch.randn(2, CHANNELS, 3).to_mkldnn()},
+        TypeError,
+        "input: expected a dense torch.Tensor, got a mkldnn one",
+    ),
+    "distributed": (
+        lambda: {"input": distributed(torch.randn(2, CHANNELS, 3))},
+        TypeError,
+        "input: expected this rank's torch.Tensor, got a DTensor",
+    ),
+    "distributed weight": (
+        lambda: {"weight": distributed(torch.ones(CHANNELS))},
+        TypeError,
+        "weight: expected this rank's torch.Tensor or None, got a DTensor",
+    ),
     "weight elsewhere": (
         lambda: {"weight": torch.ones(CHANNELS, device="meta")},
         ValueError,
@@ -201,6 +242,16 @@ def test_bad_input_raises_before_communication_and_leaves_nobody_waiting(name, r
     expected = torch.nn.functional.batch_norm(good_call()["input"], None, None, training=True)
     assert torch.allclose(first, expected, atol=1e-6)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "name", ["integers", "not a tensor", "sparse", "nested", "jagged", "mkldnn", "distributed"]
+)
+def test_a_layer_names_what_is_wrong_with_its_input(name, one_rank):
+    change, error, message = BAD_CALLS[name]
+    layer = triton_syncbn.convert_sync_batchnorm(torch.nn.BatchNorm1d(CHANNELS))
+    with pytest.raises(error, match=message):
+        layer(change()["input"])
 
 
 def raise_and_leave(rank, world_size):

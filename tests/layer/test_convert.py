@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import triton_syncbn
 from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm
@@ -44,7 +46,9 @@ def test_layers_keep_all_they_hold():
     assert convert_sync_batchnorm(model) is model
 
     layers = (model.first, model.blocks[0], model.third, model.stock)
-    assert all(type(layer) is SyncBN for layer in layers)
+    assert all(isinstance(layer, SyncBN) for layer in layers)
+    assert all(map(isinstance, layers[:3], LAYERS))
+    assert type(model.stock) is SyncBN
     assert model.alias is model.listed[0] is model.first
     assert type(model.other) is torch.nn.InstanceNorm2d
     assert all(dict(model.named_parameters())[name] is value for name, value in parameters.items())
@@ -72,13 +76,15 @@ def test_layers_keep_all_they_hold():
 def test_a_layer_by_itself(original):
     layer = original(3)
     state = copy.deepcopy(layer.state_dict())
+    attributes = set(vars(layer))
     assert convert_sync_batchnorm(layer) is layer
-    assert type(layer) is SyncBN
+    assert isinstance(layer, SyncBN)
     assert layer.process_group is None
     assert list(layer.state_dict()) == list(state)
     if LAYERS[original]:
         assert layer(torch.randn(LAYERS[original])).shape == LAYERS[original]
     assert type(SyncBN.revert_sync_batchnorm(layer)) is original
+    assert set(vars(layer)) == attributes
 
 
 def test_a_layer_made_as_syncbn_becomes_a_batch_norm_of_any_dimension():
@@ -89,18 +95,10 @@ def test_a_layer_made_as_syncbn_becomes_a_batch_norm_of_any_dimension():
         assert model(torch.randn(shape)).shape == shape
     with pytest.raises(ValueError, match=r"input: expected shape \(N, C, \*spatial\)"):
         model(torch.randn(3))
-
-
-def test_a_subclass_with_a_forward_of_its_own_is_left_with_a_warning():
-    class BatchNormRelu(torch.nn.BatchNorm2d):
-        def forward(self, input):
-            return super().forward(input).relu()
-
-    model = torch.nn.ModuleDict({"act": BatchNormRelu(3), "plain": torch.nn.BatchNorm2d(3)})
-    with pytest.warns(UserWarning, match="layer 'act' is left unsynchronized: BatchNormRelu"):
-        convert_sync_batchnorm(model)
-    assert type(model["act"]) is BatchNormRelu
-    assert type(model["plain"]) is SyncBN
+    with torch.no_grad():
+        expected = model.eval()(torch.ones(4, 3, 5))
+        for scripted in (torch.jit.script(model), torch.fx.symbolic_trace(model)):
+            assert torch.equal(scripted(torch.ones(4, 3, 5)), expected)
 
 
 def test_a_subclass_that_keeps_the_forward_is_converted():
@@ -108,8 +106,63 @@ def test_a_subclass_that_keeps_the_forward_is_converted():
         label = "mine"
 
     layer = Named(3)
-    assert type(convert_sync_batchnorm(layer)) is SyncBN
+    convert_sync_batchnorm(layer)
+    assert isinstance(layer, SyncBN)
+    assert isinstance(layer, Named)
+    assert layer.label == "mine"
     assert type(revert_sync_batchnorm(layer)) is Named
+
+
+def test_a_subclass_of_ours_converts_to_itself():
+    """Also where its converter is reached through a converted layer."""
+
+    class Special(SyncBN):
+        pass
+
+    model = torch.nn.ModuleList([torch.nn.BatchNorm1d(3), torch.nn.SyncBatchNorm(3)])
+    Special.convert_sync_batchnorm(model)
+    assert isinstance(model[0], Special)
+    assert isinstance(model[0], torch.nn.BatchNorm1d)
+    assert type(model[1]) is Special
+    other = model[0].convert_sync_batchnorm(torch.nn.BatchNorm1d(3))
+    assert type(other) is type(model[0])
+    Special.revert_sync_batchnorm(model)
+    assert [type(layer) for layer in model] == [torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm]
+
+
+def parametrize(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Softplus())
+
+
+def shard(layer):
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.parametrize(
+    "wrap, message",
+    [
+        (parametrize, "layers without parametrizations, got Parametrized"),
+        (shard, "layers that fully_shard has not wrapped, got FSDP"),
+    ],
+)
+def test_a_layer_whose_class_is_in_use_is_refused_before_anything_changes(wrap, message, one_rank):
+    """Both ways; wrapped when it is converted already, it works."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3))
+    wrap(model[1])
+    kind = type(model[1])
+    with pytest.raises(ValueError, match=f"module: expected {message}BatchNorm2d '1'"):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is torch.nn.BatchNorm2d
+    assert type(model[1]) is kind
+
+    model = convert_sync_batchnorm(torch.nn.Sequential(*map(torch.nn.BatchNorm2d, (3, 3))))
+    wrap(model[1])
+    model(torch.randn(4, 3, 2, 2)).sum().backward()
+    assert len(list(model[1].parameters())) == 2
+    assert all(parameter.grad is not None for parameter in model[1].parameters())
+    with pytest.raises(ValueError, match=f"module: expected {message}SyncBatchNorm2d '1'"):
+        revert_sync_batchnorm(model)
+    assert isinstance(model[0], SyncBN)
 
 
 def test_a_lazy_layer_is_an_error_until_it_has_a_shape():
@@ -118,7 +171,7 @@ def test_a_lazy_layer_is_an_error_until_it_has_a_shape():
         convert_sync_batchnorm(model)
     model(torch.randn(2, 3, 4, 4))
     convert_sync_batchnorm(model)
-    assert type(model[0]) is SyncBN
+    assert isinstance(model[0], SyncBN)
 
 
 def convert_with_groups(rank, world_size):
@@ -144,7 +197,7 @@ def converted_copy_and_pickle(rank, world_size):
     model = convert_sync_batchnorm(Model())
     duplicate = copy.deepcopy(model)
     assert type(revert_sync_batchnorm(duplicate).first) is torch.nn.BatchNorm1d
-    assert type(model.first) is SyncBN
+    assert isinstance(model.first, SyncBN)
 
 
 def test_a_converted_model_can_be_copied(reference_ranks):

@@ -16,6 +16,7 @@ from tests.support.ranks import KILLED, counted_communication
 from triton_syncbn import SyncBN
 
 TIMEOUT = 4  # seconds, of the group whose ranks fall apart
+SLACK = 30  # of a busy machine; below the timeouts of all other groups
 CHANNELS = 3
 
 
@@ -77,7 +78,7 @@ def test_a_killed_rank_ends_the_others_with_the_name_of_the_layer(
     assert answers[1] == KILLED
     for message, seconds, tracked in (answers[0], answers[2]):
         assert f"SyncBN layer '{layer}': the all_reduce of its {pass_name} failed" in message
-        assert seconds < TIMEOUT + 2
+        assert seconds < TIMEOUT + SLACK
         assert tracked == counts
 
 
@@ -95,7 +96,7 @@ def test_ranks_that_wait_for_one_in_eval_time_out_with_the_name_of_the_layer(mor
     assert absent is None
     message, seconds = waiting
     assert "SyncBN layer 'first': the all_reduce of its forward failed" in message
-    assert TIMEOUT - 1 < seconds < TIMEOUT + 3
+    assert TIMEOUT - 1 < seconds < TIMEOUT + SLACK
 
 
 def different_layers(rank, world_size):

@@ -91,6 +91,7 @@ def compiled_and_eager(rank, world_size):
         torch.testing.assert_close(graph, eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_compiles_as_one_graph(world_size, reference_ranks):
     reference_ranks.run(compiled_and_eager, world_size)

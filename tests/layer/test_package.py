@@ -9,6 +9,8 @@ import zipfile
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = "kernels/configs/Some_GPU.json"  # as perf/tune.py writes one
 

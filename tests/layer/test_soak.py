@@ -35,6 +35,7 @@ def train(rank, world_size, steps):
     return after_warmup, resident_bytes(), layers.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_memory_does_not_grow_and_ranks_do_not_drift(reference_ranks, request):
     """Shapes change every step and differ between ranks; some ranks are empty in some steps."""

@@ -35,6 +35,7 @@ def run_alone(monkeypatch, plain_torch):
     )
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_tables_and_files(tmp_path):
     """On this machine: two processes on a CPU, or its GPU."""
     file = tmp_path / "results" / "rows.csv"
@@ -123,10 +124,10 @@ def test_a_slower_row_ends_with_1(tmp_path, capsys, run_alone):
     assert run_alone(*chosen, "--csv", file) == 0
     rows = pd.read_csv(file)
     times = ["us_p20", "us_p50", "us_p80"]
-    rows.assign(**rows[times] * 1e-3).to_csv(before, index=False)
+    rows.assign(**rows[times] * 1e-6).to_csv(before, index=False)
     assert run_alone(*chosen, "--baseline", before) == 1
     assert "9 rows are slower by more than 5%" in capsys.readouterr().out
-    rows.assign(**rows[times] * 1e3).to_csv(before, index=False)
+    rows.assign(**rows[times] * 1e6).to_csv(before, index=False)
     assert run_alone(*chosen, "--baseline", before) == 0
 
 
@@ -163,9 +164,10 @@ def test_every_layer_of_the_list_is_a_case():
         ((2, 256, 1, 1), (2, 256, 1, 1)),
         ((2, 320, 8, 8, 8), (1, 320, 2, 2, 2)),
         ((64, 128), (8, 128)),
-        # as much as 2**19 values, and a sample
-        ((4096, 8192), (64, 8192)),
-        ((32, 1024, 4096), (1, 1024, 1024)),
+        # to 2**18 values, of whichever size is the largest
+        ((4096, 8192), (32, 8192)),
+        ((32, 1024, 4096), (4, 1024, 64)),
+        ((2, 2048, 97, 97), (1, 2048, 7, 13)),
     ],
     ids=str,
 )

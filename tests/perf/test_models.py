@@ -81,13 +81,23 @@ def test_an_unknown_model_is_refused():
         networks.make_model("vgg")
 
 
-def test_two_ranks_train_a_model_in_40_seconds_of_a_processor_each(tmp_path):
+def seconds_of_children():
+    """That they had a processor: another clock goes on while the machine does other things."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.slow
+def test_two_ranks_train_a_model_within_40_seconds(tmp_path):
     file = tmp_path / "results" / "rows.csv"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, compare.__file__, "--model", "resnet50", "--csv", str(file)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [
+        *(sys.executable, compare.__file__, "--model", "resnet50"),
+        *("--samples", "1", "--csv", str(file)),
+    ]
+    before = seconds_of_children()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = seconds_of_children() - before
     assert done.returncode == 0, done.stderr
     rows = pd.read_csv(file)
     assert rows.columns.tolist()[: len(COLUMNS)] == COLUMNS
@@ -100,7 +110,7 @@ def test_two_ranks_train_a_model_in_40_seconds_of_a_processor_each(tmp_path):
     assert stock.loss_second < stock.loss_first
     assert abs(alone.loss_second - stock.loss_second) > 1e-4 * stock.loss_second
     assert "FAIL" not in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 40
+    assert seconds < 2 * 40  # on a processor for each rank
 
 
 class Biased(triton_syncbn.SyncBN):
@@ -129,6 +139,7 @@ def rows_of_wrong_layers(rank, world_size):
     return measurement.measure_model(place, *same, shape=TINY, classes=classes)
 
 
+@pytest.mark.slow
 def test_a_wrong_layer_has_no_time(reference_ranks):
     for rows in reference_ranks.run(rows_of_wrong_layers, 2):
         frame = rows.set_index("impl")

@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo
-from tests.ranks import counted_communication
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from tests.support.ranks import counted_communication
 from triton_syncbn import SyncBN, checkpoint_contexts, function
 from triton_syncbn.checkpointing import keep_sums
 

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from tests.ranks import counted_communication
 from torch.func import (
     functional_call,
     grad,
@@ -20,6 +19,7 @@ from torch.func import (
     vmap,
 )
 
+from tests.support.ranks import counted_communication
 from triton_syncbn import SyncBN, ops, sync_batch_norm
 
 INPUT = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
