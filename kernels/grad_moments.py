@@ -110,7 +110,7 @@ def grad_moments_kernel(
         channel,
         sizes,
     )
-    mask = channel.mask & holds_totals
+    mask = tl.where(holds_totals, channel.mask, False)
     tl.store(grad_moments + channel.index, grad_sum, mask=mask)
     tl.store(grad_moments + channels + channel.index, product_sum, mask=mask)
     if grad_bias is not None:

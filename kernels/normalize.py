@@ -120,7 +120,8 @@ def normalize_kernel(
         channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
         if not TILING.channels_last:  # the one block is on its way while coefficients are computed
             tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
-            mask = tile.mask & (walk.begin < walk.end)
+            exists = tl.arange(0, 1)[None, :] < walk.end  # a flat block is one or none
+            mask = tile.mask & exists
             value = load_for_the_last_time(input, tile.offsets, mask)
             added = load_residual(residual, tile, mask, BLOCK)
         mean, variance, _count = statistics_of_layer(
