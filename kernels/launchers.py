@@ -1,0 +1,10 @@
+"""The four steps on Triton: what `triton_syncbn/ops.py` runs where there is a kernel, under the names
+that they have in `triton_syncbn/reference.py`, too.
+"""
+
+from .grad_input import grad_input
+from .grad_moments import grad_moments
+from .moments import moments
+from .normalize import normalize
+
+__all__ = ["grad_input", "grad_moments", "moments", "normalize"]
