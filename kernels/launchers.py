@@ -1,5 +1,5 @@
-"""The four steps on Triton: what `triton_syncbn/ops.py` runs where there is a kernel, under the names
-that they have in `triton_syncbn/reference.py`, too.
+"""The four steps on Triton, under the names that they have in `triton_syncbn/reference.py`, too: all
+that `triton_syncbn/ops.py` takes from here.
 """
 
 from .grad_input import grad_input
