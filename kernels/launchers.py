@@ -1,5 +1,6 @@
-"""The four steps on Triton, under the names that they have in `triton_syncbn/reference.py`, too: all
-that `triton_syncbn/ops.py` takes from here.
+"""The four steps on Triton, under the names that they have in `triton_syncbn/reference.py`.
+
+Of this folder `triton_syncbn/ops.py` imports this file and no other.
 """
 
 from .grad_input import grad_input
