@@ -95,7 +95,7 @@ def few_launches() -> list[Launch]:
 
 
 def all_launches(dtype: str) -> list[Launch]:
-    """The layers of shapes.csv; every kind of map; some of them with all flags and in every block."""
+    """The layers of shapes.csv; every kind of map; some with all flags, and in every block."""
     return [
         *map(Launch, read_cases(suites(), [dtype], list(LAYOUTS))),
         *launches_of_kinds(dtype),
