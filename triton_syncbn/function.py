@@ -63,14 +63,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
             block.update(activation=activation, activation_slope=setting.activation_slope)
             saved["bias"] = bias
             if residual is not None and ACTIVATIONS[activation].gated:
-                saved["gates"] = block["gates"] = ops.new_gates(input)
+                block["keeps_gates"] = True
             elif residual is not None:
                 saved["residual"] = residual
-        ctx.save_for_backward(input, weight, moments, *saved.values())
-        ctx.names = tuple(saved)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.setting = setting
-        return ops.normalize(
+        if residual is None and running_mean is not None and not setting.frozen:
+            operator = ops.normalize
+        else:
+            operator = ops.normalize_block
+        output = operator(
             input,
             moments,
             weight,
@@ -82,6 +82,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
             eps=setting.eps,
             **block,
         )
+        if isinstance(output, tuple):
+            output, gates = output
+            if "keeps_gates" in block:
+                saved["gates"] = gates
+        ctx.save_for_backward(input, weight, moments, *saved.values())
+        ctx.names = tuple(saved)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.setting = setting
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,9 +135,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 grad_moments = all_reduce(
                     grad_moments, setting.group, setting.layer_name, "backward"
                 )
-            if needs_residual and setting.activation is not None:
-                block["grad_residual"] = grad_residual = torch.empty_like(ops.dense(input))
-            grad_input = ops.grad_input(
+            both = needs_residual and setting.activation is not None
+            grad_input = (ops.grad_input_block if both else ops.grad_input)(
                 grad_output,
                 input,
                 moments,
@@ -137,6 +145,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 setting.eps,
                 **block,
             )
+            if both:
+                grad_input, grad_residual = grad_input
         return (
             grad_input if needs_input else None,
             grad_weight if needs_weight else None,

@@ -72,7 +72,7 @@ def operands_without_memory(input: Tensor, flags: Flags) -> Operands:
         flags.momentum,
         activation=flags.activation,
         residual=input if flags.residual else None,
-        gates=new_gates(input) if flags.residual and gated else None,
+        gates=new_gates(input, True) if flags.residual and gated else None,
         grad_residual=input if flags.residual else None,
     )
 

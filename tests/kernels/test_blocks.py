@@ -38,7 +38,7 @@ class Block:
         self.residual = extra if residual else None
         self.gates = None
         if residual and activation and ACTIVATIONS[activation].gated:
-            self.gates = ops.new_gates(self.x).fill_(255)
+            self.gates = ops.new_gates(self.x, True).fill_(255)
 
     def run(self):
         buffers = {}

@@ -237,6 +237,23 @@ def test_a_block_keeps_no_more_than_torch_in_place(activation, residual):
         assert totals[0] < 0.6 * totals[1]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("tracks", [False, True], ids=["no statistics", "statistics"])
+def test_a_block_compiles_to_one_graph(activation, residual, tracks):
+    torch._dynamo.reset()
+    layer = SyncBN(SHAPE[1], activation=activation, track_running_stats=tracks)
+    x, dy, extra = make_tensors(torch.float32, "channels_first", residual)
+    eager = gradients(layer, x, dy, extra)
+    compiled = torch.compile(layer, fullgraph=True)
+    compiled.weight, compiled.bias = layer.weight, layer.bias
+    for actual, expected in zip(gradients(compiled, x, dy, extra), eager, strict=True):
+        assert (actual is None) == (expected is None)
+        assert actual is None or torch.equal(actual, expected)
+
+
 @pytest.mark.usefixtures("plain_torch")
 def test_a_frozen_layer_can_be_thawed_copied_and_printed():
     layer = make_layer("relu").freeze()
