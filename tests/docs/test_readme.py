@@ -2,16 +2,15 @@
 code, figures those that were measured.
 """
 
+import importlib.util
 import inspect
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 import triton_syncbn
+from tests.support.torchrun import printed_on_two_ranks
 
 ROOT = next(p for p in pathlib.Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
 README = ROOT / "README.md"
@@ -37,26 +36,15 @@ def on_two_ranks(program: str) -> bool:
     return "torchrun --nproc-per-node=2" in program.splitlines()[0]
 
 
-def printed_on_two_ranks(program: str, folder: pathlib.Path) -> str:
-    """What two processes print that torchrun starts, without a GPU and the interpreter."""
-    file = folder / "program.py"
-    file.write_text(program, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(file)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "error:::__main__",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TRITON_INTERPRET": "0",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def libraries_missing(program: str) -> list[str]:
+    """What a program imports and this environment has not."""
+    imports = [line for line in program.splitlines() if re.match("(import|from) ", line)]
+    names = {
+        module.split()[0].partition(".")[0]
+        for line in imports
+        for module in line.split(" ", 1)[1].partition(" import ")[0].split(",")
+    }
+    return sorted(name for name in names if importlib.util.find_spec(name) is None)
 
 
 def assert_statistics_are_the_same(printed: str) -> None:
@@ -72,23 +60,34 @@ def assert_layers_are_named(printed: str) -> None:
 
 
 def assert_groups_are_shown(printed: str) -> None:
-    assert printed.count("process_group=ranks [0, 1])") == 2
+    lines = printed.split("SyncB")[1:]  # of SyncBN and SyncBatchNorm2d
+    assert len(lines) in (2, 4)
+    assert all("process_group=ranks [0, 1])" in line for line in lines)
 
 
 WHAT_TWO_RANKS_PRINT = {
     "train.py": assert_statistics_are_the_same,
     "out_of_step.py": assert_layers_are_named,
     "groups.py": assert_groups_are_shown,
+    "node.py": assert_groups_are_shown,
+    "shard.py": assert_statistics_are_the_same,
+    "fit.py": assert_statistics_are_the_same,
+    "prepare.py": assert_statistics_are_the_same,
+    "trainer.py": assert_statistics_are_the_same,
 }
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_programs_run_as_they_stand(program, tmp_path, plain_torch):
+    if missing := libraries_missing(program):
+        pytest.skip(f"needs {', '.join(missing)}")
     if not on_two_ranks(program):
         exec(compile(program, "program", "exec"), {})
         return
     name = program.split(",")[0].removeprefix("# ")
-    WHAT_TWO_RANKS_PRINT[name](printed_on_two_ranks(program, tmp_path))
+    file = tmp_path / name
+    file.write_text(program, encoding="utf-8")
+    WHAT_TWO_RANKS_PRINT[name](printed_on_two_ranks(file))
 
 
 def test_programs_are_found():
