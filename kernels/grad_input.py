@@ -1,4 +1,5 @@
-"""grad_input: reads dy and x once, writes dx once.
+"""grad_input: reads dy and x once, writes dx once; in a block, see blocks.py, it reads the gates or
+the residual, too, and writes the gradient of the residual.
 
 dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch
 (Ioffe and Szegedy 2015, "Batch Normalization", section 3, with the sums of their chain rule
@@ -9,6 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import (
+    before_activation,
+    block_of,
+    gradient_of_z,
+    load_gates,
+    load_residual,
+)
 from .indexing import Sizes, geometry
 from .launch_config import LaunchConfig, tiling, writer_programs
 from .output_indexing import (
@@ -24,8 +32,8 @@ from .statistics import (
     inverse_root,
     load_channels,
     load_parameter,
-    mean_and_variance,
     split_high_low,
+    statistics_of_layer,
 )
 from .tuned_configs import lookup
 
@@ -38,6 +46,12 @@ def grad_input_kernel(
     moments,
     grad_moments,
     weight,
+    bias,
+    running_mean,
+    running_var,
+    grad_residual,
+    residual,
+    gates,
     eps: tl.float64,
     rows,
     channels,
@@ -45,59 +59,88 @@ def grad_input_kernel(
     splits,
     reciprocal,
     TILING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     sizes = Sizes(rows, channels, columns)
     walk = walk_of_program(tl.program_id(0), splits, sizes, TILING)
     channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
     if not TILING.channels_last:  # the one block is on its way while coefficients are computed
-        offsets, mask = locate_output_tile(walk.last, walk.block, sizes, TILING)
-        mask = mask & (walk.begin < walk.end)
-        grad = load_for_the_last_time(grad_output, offsets, mask)
-        value = load_for_the_last_time(input, offsets, mask)
-    mean, variance, count = mean_and_variance(moments, channel, sizes)
+        tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
+        exists = tl.arange(0, 1)[None, :] < walk.end  # a flat block is one or none
+        mask = tile.mask & exists
+        grad = load_for_the_last_time(grad_output, tile.offsets, mask)
+        value = load_for_the_last_time(input, tile.offsets, mask)
+        added = load_residual(residual, tile, mask, BLOCK)
+        kept = load_gates(gates, tile, exists, TILING, BLOCK)
+    mean, variance, count = statistics_of_layer(moments, running_mean, running_var, channel, sizes)
     rstd = inverse_root(variance + eps)
-    inverse_count = inverse(tl.maximum(count, 1.0))
-    grad_mean = load_channels(grad_moments, channel) * inverse_count
-    product_mean = load_channels(grad_moments + channels, channel) * inverse_count
+    if moments is None:  # the statistics are fixed: the batch has no part in them
+        grad_mean = tl.zeros_like(mean)
+        product_mean = tl.zeros_like(mean)
+    else:
+        inverse_count = inverse(tl.maximum(count, 1.0))
+        grad_mean = load_channels(grad_moments, channel) * inverse_count
+        product_mean = load_channels(grad_moments + channels, channel) * inverse_count
     mean_high, mean_low = split_high_low(mean, TILING)
     grad_high, grad_low = split_high_low(grad_mean, TILING)
     # dx = (dy - grad_high) * scale + (x - mean_high) * slope + shift
     scale = load_parameter(weight, channel, 1.0) * rstd
     slope = -scale * rstd * product_mean
     shift = -scale * grad_low - slope * mean_low
+    z_shift = load_parameter(bias, channel, 0.0) - scale * mean_low
     mean_high = spread(mean_high, owner, TILING)
     grad_high = spread(grad_high, owner, TILING)
     scale = spread(scale.to(TILING.compute), owner, TILING)
     slope = spread(slope.to(TILING.compute), owner, TILING)
     shift = spread(shift.to(TILING.compute), owner, TILING)
+    z_shift = spread(z_shift.to(TILING.compute), owner, TILING)
     for step in range(walk.begin, walk.end, splits):
         if TILING.channels_last:
-            offsets, mask = locate_output_tile(walk.last - step, walk.block, sizes, TILING)
-            grad = load_for_the_last_time(grad_output, offsets, mask)
-            value = load_for_the_last_time(input, offsets, mask)
-        result = (grad.to(TILING.compute) - grad_high) * scale + (
-            (value.to(TILING.compute) - mean_high) * slope + shift
-        )
-        tl.store(grad_input + offsets, convert_to(result, grad_input.dtype.element_ty), mask=mask)
+            tile = locate_output_tile(walk.last - step, walk.block, sizes, TILING)
+            mask = tile.mask
+            grad = load_for_the_last_time(grad_output, tile.offsets, mask)
+            value = load_for_the_last_time(input, tile.offsets, mask)
+            added = load_residual(residual, tile, mask, BLOCK)
+            kept = load_gates(gates, tile, True, TILING, BLOCK)
+        deviation = value.to(TILING.compute) - mean_high
+        z = before_activation(deviation, scale, z_shift, added, TILING, BLOCK)
+        grad_z = gradient_of_z(grad.to(TILING.compute), z, kept, TILING, BLOCK)
+        result = (grad_z - grad_high) * scale + (deviation * slope + shift)
+        result = convert_to(result, grad_input.dtype.element_ty)
+        tl.store(grad_input + tile.offsets, result, mask=mask)
+        if grad_residual is not None:
+            result = convert_to(grad_z, grad_residual.dtype.element_ty)
+            tl.store(grad_residual + tile.offsets, result, mask=mask)
 
 
 def grad_input(
     grad_output: torch.Tensor,
     input: torch.Tensor,
-    moments: torch.Tensor,
-    grad_moments: torch.Tensor,
+    moments: torch.Tensor | None,
+    grad_moments: torch.Tensor | None,
     weight: torch.Tensor | None,
     eps: float,
+    *,
+    bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    grad_residual: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    activation: str | None = None,
+    activation_slope: float = 0.0,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Gradient of the input, like the input (N, C, *spatial); grad_output lies in memory as the
     input does.
 
-    moments: float64 [2C + 1] and grad_moments: float64 [2C], both of the global batch. weight: [C]
-    or None.
+    moments: float64 [2C + 1] and grad_moments: float64 [2C], both of the global batch; or both None
+    where the running statistics were used. weight: [C] or None. bias, residual and gates are needed
+    for an activation; the gradient before it is written to grad_residual, if that is given.
     """
     shape = geometry(input)
-    config = config or lookup("grad_input", shape, input.dtype, input.device)
+    wide = residual is not None or gates is not None
+    config = config or lookup("grad_input", shape, input.dtype, input.device, wide)
     output = torch.empty_like(input)
     programs, reciprocal = writer_programs(shape, config)
     if input.numel() == 0:
@@ -109,6 +152,12 @@ def grad_input(
         moments,
         grad_moments,
         weight,
+        bias,
+        running_mean,
+        running_var,
+        grad_residual,
+        residual,
+        gates,
         eps,
         shape.rows,
         shape.channels,
@@ -116,6 +165,7 @@ def grad_input(
         config.splits,
         reciprocal,
         TILING=tiling(shape, config, input.dtype, writes_map=True),
+        BLOCK=block_of(activation, activation_slope, input, residual, gates),
         num_warps=config.num_warps,
     )
     return output

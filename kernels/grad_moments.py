@@ -1,5 +1,6 @@
 """grad_moments: reads dy and x once; writes sum(dy), sum(dy * xhat) of each channel, float64 [2C],
-and dweight, dbias.
+and dweight, dbias. In a block, see blocks.py, dy is taken before the activation, for which the
+gates or the residual are read once.
 
 The sums are those of this rank alone: all-reduced they give the two means in the gradient of the
 input, and as they are they are the gradients of bias and weight.
@@ -9,6 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import (
+    before_activation,
+    block_of,
+    gradient_of_z,
+    load_gates,
+    load_residual,
+)
 from .combine import add_splits, part_of_program, workspace
 from .indexing import (
     Sizes,
@@ -20,7 +28,13 @@ from .indexing import (
     tiles_of_block,
 )
 from .launch_config import LaunchConfig, reduction_blocks, tiling
-from .statistics import convert_to, inverse_root, mean_and_variance, split_high_low
+from .statistics import (
+    convert_to,
+    inverse_root,
+    load_parameter,
+    split_high_low,
+    statistics_of_layer,
+)
 from .tuned_configs import lookup
 
 
@@ -34,12 +48,19 @@ def grad_moments_kernel(
     moments,
     partials,
     arrivals,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    residual,
+    gates,
     eps: tl.float64,
     rows,
     channels,
     columns,
     splits,
     TILING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program b * splits + s reduces tiles s, s + splits, ... of channel (or channels' block) b."""
     sizes = Sizes(rows, channels, columns)
@@ -50,24 +71,34 @@ def grad_moments_kernel(
     tile = locate_tile(part.split, part.block, sizes, TILING)
     grad = tl.load(grad_output + tile.offsets, mask=tile.mask, other=0.0)
     value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
+    added = load_residual(residual, tile, tile.mask, BLOCK)
+    kept = load_gates(gates, tile, True, TILING, BLOCK)
 
-    mean, variance, _count = mean_and_variance(moments, channel, sizes)
+    mean, variance, _count = statistics_of_layer(moments, running_mean, running_var, channel, sizes)
     rstd = inverse_root(variance + eps)
     mean_high, mean_low = split_high_low(mean, TILING)
     offset = (-rstd * mean_low).to(TILING.compute)
+    scale = load_parameter(weight, channel, 1.0) * rstd
+    shift = (load_parameter(bias, channel, 0.0) - scale * mean_low).to(TILING.compute)
+    scale = scale.to(TILING.compute)
     rstd = rstd.to(TILING.compute)
 
     grads = tl.full(TILING.tile, 0.0, TILING.compute)
     products = tl.full(TILING.tile, 0.0, TILING.compute)
     for number in range(part.split, tiles, splits):
         mask = mask_of_channel(tile, TILING)
-        this_grad = tl.where(mask, grad.to(TILING.compute), 0.0)
-        normalized = (value.to(TILING.compute) - mean_high) * rstd + offset
-        product = tl.where(mask, grad.to(TILING.compute) * normalized, 0.0)
+        deviation = value.to(TILING.compute) - mean_high
+        z = before_activation(deviation, scale, shift, added, TILING, BLOCK)
+        this_grad = gradient_of_z(grad.to(TILING.compute), z, kept, TILING, BLOCK)
+        normalized = deviation * rstd + offset
+        product = tl.where(mask, this_grad * normalized, 0.0)
+        this_grad = tl.where(mask, this_grad, 0.0)
         # The next tile is on its way while this one is added up; after the last one, nothing is.
         tile = locate_tile(number + splits, part.block, sizes, TILING)
         grad = tl.load(grad_output + tile.offsets, mask=tile.mask, other=0.0)
         value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
+        added = load_residual(residual, tile, tile.mask, BLOCK)
+        kept = load_gates(gates, tile, True, TILING, BLOCK)
         grads += this_grad
         products += product
 
@@ -80,7 +111,7 @@ def grad_moments_kernel(
         channel,
         sizes,
     )
-    mask = channel.mask & holds_totals
+    mask = tl.where(holds_totals, channel.mask, False)
     tl.store(grad_moments + channel.index, grad_sum, mask=mask)
     tl.store(grad_moments + channels + channel.index, product_sum, mask=mask)
     if grad_bias is not None:
@@ -94,21 +125,33 @@ def grad_moments_kernel(
 def grad_moments(
     grad_output: torch.Tensor,
     input: torch.Tensor,
-    moments: torch.Tensor,
+    moments: torch.Tensor | None,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     eps: float,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    activation: str | None = None,
+    activation_slope: float = 0.0,
     config: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over the gradient of (N, C, *spatial), which lies in memory as the input does; N may be
     0.
 
-    moments: float64 [2C + 1], of the global batch. Returns float64 [2C], sum(dy) of each channel
+    moments: float64 [2C + 1], of the global batch; or None where the running statistics were used.
+    weight, bias, residual and gates are needed for an activation, whose gradient is taken first.
+    Returns float64 [2C], sum(dy) of each channel
     and sum(dy * xhat) of each channel; the gradient of weight, [C] of weight_dtype; that of bias,
     [C] of bias_dtype. A gradient whose dtype is None is not made: its tensor is empty.
     """
     shape = geometry(input)
-    config = config or lookup("grad_moments", shape, input.dtype, input.device)
+    wide = residual is not None or gates is not None
+    config = config or lookup("grad_moments", shape, input.dtype, input.device, wide)
     blocks = reduction_blocks(shape, config)
     output = torch.empty(2 * shape.channels, dtype=torch.float64, device=input.device)
     grad_weight = torch.empty(
@@ -127,12 +170,19 @@ def grad_moments(
         moments,
         partials,
         arrivals,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        residual,
+        gates,
         eps,
         shape.rows,
         shape.channels,
         shape.columns,
         config.splits,
         TILING=tiling(shape, config, input.dtype),
+        BLOCK=block_of(activation, activation_slope, input, residual, gates),
         num_warps=config.num_warps,
     )
     return output, grad_weight, grad_bias

@@ -95,6 +95,11 @@ class Tiling(NamedTuple):
         """The shape of a tile."""
         return self.block_rows, self.block_columns
 
+    @property
+    def bytes_and_bits(self) -> tuple[int, int, int]:
+        """A tile of bits, by the byte that holds each."""
+        return self.block_rows, self.block_columns // 8, 8
+
 
 class Sizes(NamedTuple):
     """What a kernel is told of its tensors when it runs: see Geometry."""
@@ -114,6 +119,7 @@ class Channels(NamedTuple):
 class Tile(NamedTuple):
     """Where a tile lies, and which of its elements belong to the channel."""
 
+    start: tl.tensor  # [block_rows, 1]: the offset of lane 0 of each row
     offsets: tl.tensor  # [block_rows, block_columns]
     mask: tl.tensor  # of what to load, constant over whole vectors
     begin: tl.tensor  # int32 [block_rows, 1]: the first lane of each row that belongs to it
@@ -165,7 +171,9 @@ def locate_tile(number, block, sizes, TILING: tl.constexpr):
         first_row = number.to(TILING.index) * TILING.block_rows
         row += first_row
         first = block * TILING.block_columns
-        offsets = row * (sizes.channels // TILING.vector * TILING.vector) + (first + lane)
+        start = row * (sizes.channels // TILING.vector * TILING.vector)
+        offsets = start + (first + lane)
+        start += first
         begin = tl.zeros_like(row).to(tl.int32)
         end = tl.where(row < sizes.rows, sizes.channels - first, 0)
         count = tl.minimum(sizes.rows - first_row, TILING.block_rows)
@@ -185,12 +193,13 @@ def locate_tile(number, block, sizes, TILING: tl.constexpr):
         begin = tl.maximum(before - first, 0).to(tl.int32)
         end = tl.minimum(before + sizes.columns - first, size)
         end = tl.where(row < sizes.rows, end, 0).to(tl.int32)
-        offsets = (aligned_start + first) + lane
+        start = aligned_start + first
+        offsets = start + lane
         if TILING.block_rows == 1:
             count = tl.sum(tl.maximum(end - begin, 0))
         else:  # several rows fit one tile only if no row is cut
             count = tl.minimum(sizes.rows - first_row, TILING.block_rows) * sizes.columns
-    return Tile(offsets, vector_start < end, begin, end, tl.maximum(count, 0))
+    return Tile(start, offsets, vector_start < end, begin, end, tl.maximum(count, 0))
 
 
 @triton.jit

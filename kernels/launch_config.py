@@ -166,6 +166,13 @@ def fit_splits(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchConf
     return config._replace(splits=max(splits, 1))
 
 
+def half_tile(shape: Geometry, config: LaunchConfig) -> LaunchConfig:
+    """The config with half the elements in a tile, if it has more than a vector."""
+    if config.block_rows > 1:
+        return config._replace(block_rows=config.block_rows // 2)
+    return config._replace(block_columns=max(config.block_columns // 2, 8, shape.vector))
+
+
 @functools.lru_cache(maxsize=4096)
 def reduction_blocks(shape: Geometry, config: LaunchConfig) -> int:
     """Channels, or blocks of channels, that are reduced apart from each other."""

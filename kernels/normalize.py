@@ -1,9 +1,9 @@
 """normalize: reads x once, writes y once; one more program updates the running statistics and the
-batch counter.
+batch counter. A residual is read once; gates are written once.
 
-y = (x - mean) * rstd * weight + bias, with mean and rstd from the all-reduced moments. The mean is
-kept as two float32 numbers, so that x - mean is exact to the last digit of float32 wherever the
-mean lies.
+y = activation((x - mean) * rstd * weight + bias + residual), with mean and rstd from the
+all-reduced moments, or from the running statistics where there are none. The mean is kept as two
+float32 numbers, so that x - mean is exact to the last digit of float32 wherever the mean lies.
 
 The blocks are walked from the end of the tensor: what the moments kernel read last is still in the
 cache.
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import before_activation, block_of, load_residual, store_gates
 from .indexing import Channels, Sizes, geometry
 from .launch_config import LaunchConfig, tiling, writer_programs
 from .output_indexing import (
@@ -30,6 +31,7 @@ from .statistics import (
     load_parameter,
     mean_and_variance,
     split_high_low,
+    statistics_of_layer,
 )
 from .tuned_configs import lookup
 
@@ -92,6 +94,8 @@ def normalize_kernel(
     running_mean,
     running_var,
     num_batches_tracked,
+    residual,
+    gates,
     momentum: tl.float64,
     eps: tl.float64,
     rows,
@@ -101,22 +105,28 @@ def normalize_kernel(
     reciprocal,
     CUMULATIVE: tl.constexpr,
     TILING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Program 0 updates the running statistics, the others write y."""
+    """Program 0 updates the running statistics, if there are moments; the others write y."""
     sizes = Sizes(rows, channels, columns)
     program = tl.program_id(0) - 1
     if program < 0:
-        update_running_statistics(
-            running_mean, running_var, num_batches_tracked, moments, momentum, sizes, CUMULATIVE
-        )
+        if moments is not None:
+            update_running_statistics(
+                running_mean, running_var, num_batches_tracked, moments, momentum, sizes, CUMULATIVE
+            )
     else:
         walk = walk_of_program(program, splits, sizes, TILING)
         channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
         if not TILING.channels_last:  # the one block is on its way while coefficients are computed
-            offsets, mask = locate_output_tile(walk.last, walk.block, sizes, TILING)
-            mask = mask & (walk.begin < walk.end)
-            value = load_for_the_last_time(input, offsets, mask)
-        mean, variance, _count = mean_and_variance(moments, channel, sizes)
+            tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
+            exists = tl.arange(0, 1)[None, :] < walk.end  # a flat block is one or none
+            mask = tile.mask & exists
+            value = load_for_the_last_time(input, tile.offsets, mask)
+            added = load_residual(residual, tile, mask, BLOCK)
+        mean, variance, _count = statistics_of_layer(
+            moments, running_mean, running_var, channel, sizes
+        )
         scale = load_parameter(weight, channel, 1.0) * inverse_root(variance + eps)
         mean_high, mean_low = split_high_low(mean, TILING)
         # y = (x - mean_high) * scale + shift
@@ -126,15 +136,22 @@ def normalize_kernel(
         shift = spread(shift.to(TILING.compute), owner, TILING)
         for step in range(walk.begin, walk.end, splits):
             if TILING.channels_last:
-                offsets, mask = locate_output_tile(walk.last - step, walk.block, sizes, TILING)
-                value = load_for_the_last_time(input, offsets, mask)
-            result = (value.to(TILING.compute) - mean_high) * scale + shift
-            tl.store(output + offsets, convert_to(result, output.dtype.element_ty), mask=mask)
+                tile = locate_output_tile(walk.last - step, walk.block, sizes, TILING)
+                mask = tile.mask
+                value = load_for_the_last_time(input, tile.offsets, mask)
+                added = load_residual(residual, tile, mask, BLOCK)
+            deviation = value.to(TILING.compute) - mean_high
+            z = before_activation(deviation, scale, shift, added, TILING, BLOCK)
+            if BLOCK.gates_of_byte > 0:
+                store_gates(gates, z, tile, TILING, BLOCK)
+            result = z if BLOCK.activate is None else BLOCK.activate(z, BLOCK.slope)
+            result = convert_to(result, output.dtype.element_ty)
+            tl.store(output + tile.offsets, result, mask=mask)
 
 
 def normalize(
     input: torch.Tensor,
-    moments: torch.Tensor,
+    moments: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     *,
@@ -143,17 +160,25 @@ def normalize(
     num_batches_tracked: torch.Tensor | None = None,
     momentum: float | None = None,
     eps: float,
+    residual: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    activation: str | None = None,
+    activation_slope: float = 0.0,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Normalize (N, C, *spatial), dense in either layout; N may be 0.
 
-    moments: float64 [2C + 1], of the global batch. weight, bias, running_mean, running_var: [C] of
+    moments: float64 [2C + 1], of the global batch; or None, to normalize with the running
+    statistics, which stay. weight, bias, running_mean, running_var: [C] of
     any floating dtype, or None. num_batches_tracked: one number of any dtype, or None; needed if
     momentum is None. The running statistics and the counter are updated in place unless the global
-    batch is empty. Returns y, like the input.
+    batch is empty. residual: like the input, or None. gates: uint8, written for an activation whose
+    derivative has two values (see blocks.py), or None. activation: a name of activations.py, or
+    None. Returns y, like the input.
     """
     shape = geometry(input)
-    config = config or lookup("normalize", shape, input.dtype, input.device)
+    wide = residual is not None or gates is not None
+    config = config or lookup("normalize", shape, input.dtype, input.device, wide)
     output = torch.empty_like(input)
     programs, reciprocal = writer_programs(shape, config)
     normalize_kernel[(programs + 1,)](
@@ -165,6 +190,8 @@ def normalize(
         running_mean,
         running_var,
         num_batches_tracked,
+        residual,
+        gates,
         0.0 if momentum is None else momentum,
         eps,
         shape.rows,
@@ -174,6 +201,7 @@ def normalize(
         reciprocal,
         CUMULATIVE=momentum is None,
         TILING=tiling(shape, config, input.dtype, writes_map=True),
+        BLOCK=block_of(activation, activation_slope, input, residual, gates),
         num_warps=config.num_warps,
     )
     return output

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .indexing import Channels, locate_tile
+from .indexing import Channels, Tile, locate_tile
 
 
 class Walk(NamedTuple):
@@ -81,16 +81,17 @@ def channels_of_walk(walk, sizes, reciprocal, TILING: tl.constexpr):
 
 @triton.jit
 def locate_output_tile(number, block, sizes, TILING: tl.constexpr):
-    """Offsets and mask of a tile, [block_rows, block_columns], or of a flat block, one row."""
+    """Place a tile, [block_rows, block_columns], or a flat block, one row."""
     if TILING.channels_last:
-        tile = locate_tile(number, block, sizes, TILING)
-        return tile.offsets, tile.mask
+        return locate_tile(number, block, sizes, TILING)
     else:
         lane = tl.arange(0, TILING.block_columns)[None, :]
         start = number.to(TILING.index) * TILING.block_columns
         elements = sizes.rows.to(TILING.index) * sizes.channels * sizes.columns
         left = tl.minimum(elements - start, TILING.block_columns)
-        return start + lane, lane // TILING.vector * TILING.vector < left.to(tl.int32)
+        left = left.to(tl.int32)
+        mask = lane // TILING.vector * TILING.vector < left
+        return Tile(start, start + lane, mask, 0, left, left)
 
 
 @triton.jit

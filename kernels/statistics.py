@@ -91,3 +91,13 @@ def load_parameter(parameter, channel, default):
         return tl.zeros_like(channel.index).to(tl.float64) + default
     else:
         return load_channels(parameter, channel).to(tl.float64)
+
+
+@triton.jit
+def statistics_of_layer(moments, running_mean, running_var, channel, sizes):
+    """Mean, variance and count of the batch; where there are no moments, those of the buffers."""
+    if moments is None:
+        mean = load_channels(running_mean, channel).to(tl.float64)
+        return mean, load_channels(running_var, channel).to(tl.float64), 1.0
+    else:
+        return mean_and_variance(moments, channel, sizes)

@@ -20,7 +20,7 @@ import torch
 
 from . import launch_config
 from .indexing import Geometry, span_of_row
-from .launch_config import LaunchConfig, default_config, fit_splits
+from .launch_config import LaunchConfig, default_config, fit_splits, half_tile
 
 SCHEMA = 1
 VARIABLE = "TRITON_SYNCBN_CONFIG_DIR"
@@ -68,8 +68,15 @@ def bucket_of(kernel: str, shape: Geometry, dtype: torch.dtype) -> Bucket:
 
 
 @functools.lru_cache(maxsize=4096)
-def lookup(kernel: str, shape: Geometry, dtype: torch.dtype, device: torch.device) -> LaunchConfig:
-    """The config of a launch: that of its very bucket, measured on such a GPU, or the default.
+def lookup(
+    kernel: str,
+    shape: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    residual: bool = False,
+) -> LaunchConfig:
+    """The config of a launch: that of its very bucket, measured on such a GPU, or the default; with
+    half the tile where there is a residual or its gates, too, which take registers as x does.
 
     kernel: "moments", "normalize", "grad_moments" or "grad_input". shape, dtype, device: of the
     input. Raises ValueError where the file of the GPU is malformed, with its name.
@@ -77,8 +84,10 @@ def lookup(kernel: str, shape: Geometry, dtype: torch.dtype, device: torch.devic
     _source, configs = _configs_of(device_name(device))
     config = configs.get(str(bucket_of(kernel, shape, dtype)))
     if config is None:
-        return default_config(kernel, shape, launch_config.multiprocessors(device))
-    return fit_splits(kernel, shape, config)
+        config = default_config(kernel, shape, launch_config.multiprocessors(device))
+    elif not residual:
+        return fit_splits(kernel, shape, config)
+    return fit_splits(kernel, shape, half_tile(shape, config)) if residual else config
 
 
 def config_source(device: torch.device) -> str:

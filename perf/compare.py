@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from layers.blocks import BLOCKS
 from layers.cases import DTYPES, LAYOUTS, read_cases, suites
 from layers.implementations import REGISTERED, implementations
 from machine.environment import environment
@@ -60,6 +61,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument(
         "--layout", nargs="+", choices=LAYOUTS, help="default: the first; of layers on a GPU, both"
+    )
+    what.add_argument(
+        "--block",
+        choices=BLOCKS,
+        default="none",
+        help="compare what follows the layer as well: eager, and fused into ours",
     )
     what.add_argument("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="passes")
     how = parser.add_argument_group("how it is timed")
@@ -116,7 +123,7 @@ def compare_layers(options: argparse.Namespace) -> int:
     if options.baseline:
         check_baseline(options.baseline, setting)
     on_cpu = not torch.cuda.is_available()
-    cases = read_cases(options.suite, options.dtype, options.layout, for_cpu=on_cpu)
+    cases = read_cases(options.suite, options.dtype, options.layout, on_cpu, options.block)
     plan = Plan(
         options.samples, options.impl, options.passes, options.warm_cache, options.cuda_graph
     )

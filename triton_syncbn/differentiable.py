@@ -37,6 +37,24 @@ class _DifferentiableAllReduce(torch.autograd.Function):
         return _DifferentiableAllReduce.apply(*arguments), in_dims[0]
 
 
+class _KnownSums(torch.autograd.Function):
+    """Sums over the ranks that are known already; only their derivative is communicated."""
+
+    @staticmethod
+    def forward(sums: Tensor, known: Tensor, group: Any, layer_name: str) -> Tensor:
+        return known.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group, ctx.layer_name = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.group is not None:
+            grad = _DifferentiableAllReduce.apply(grad, ctx.group, ctx.layer_name, "backward")
+        return grad, None, None, None
+
+
 def batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -89,33 +107,59 @@ def gradients(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    count: Tensor,
-    eps: float,
-    group: Any,
-    layer_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias as a function that torch can differentiate again;
-    one all_reduce, of [4, C].
+    moments: Tensor | None,
+    setting: Any,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gates: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, weight, bias and residual as a function that torch can differentiate
+    again; one all_reduce, of [2, C]. `setting` and what it saved: of SyncBatchNormFunction.
     """
     others, per_channel = _shapes(input)
     value, grad = input.double(), grad_output.double()
-    sums = torch.stack(
-        [
-            value.sum(others),
-            (value * value).sum(others),
-            grad.sum(others),
-            (grad * value).sum(others),
-        ]
-    )
-    if group is not None:
-        sums = _DifferentiableAllReduce.apply(sums, group, layer_name, "backward")
-    mean, mean_square, grad_mean, product_mean = (sums / count.clamp(min=1.0)).unbind()
-    rstd = ((mean_square - mean * mean).clamp(min=0.0) + eps).rsqrt()
-    projection = (product_mean - mean * grad_mean) * rstd
-    scale = rstd if weight is None else rstd * weight.double()
+    group = setting.group, setting.layer_name
+    if moments is None:
+        mean, variance, count = reference.statistics_of_layer(None, running_mean, running_var)
+    else:
+        count = moments[-1].clamp(min=1.0)
+        sums = torch.stack([value.sum(others), (value * value).sum(others)])
+        sums = _KnownSums.apply(sums, moments[:-1].view(2, -1), *group)
+        mean, mean_square = (sums / count).unbind()
+        variance = (mean_square - mean * mean).clamp(min=0.0)
+    rstd = (variance + setting.eps).rsqrt()
+    scale = (rstd if weight is None else rstd * weight.double()).view(per_channel)
     normalized = (value - mean.view(per_channel)) * rstd.view(per_channel)
-    grad_input = grad - grad_mean.view(per_channel) - normalized * projection.view(per_channel)
-    return grad_input * scale.view(per_channel), (grad * normalized).sum(others), grad.sum(others)
+    if setting.activation is not None:
+        grad = reference.gradient_of_z(
+            grad,
+            lambda: _before_activation(normalized, weight, bias, residual),
+            gates,
+            input,
+            setting.activation,
+            setting.activation_slope,
+        )
+    grad_weight, grad_bias = (grad * normalized).sum(others), grad.sum(others)
+    if moments is None:
+        return grad * scale, grad_weight, grad_bias, grad
+    sums = torch.stack([grad_bias, grad_weight])
+    if setting.group is not None:
+        sums = _DifferentiableAllReduce.apply(sums, *group, "backward")
+    grad_mean, product_mean = (sums / count).view(2, *per_channel)
+    grad_input = (grad - grad_mean - normalized * product_mean) * scale
+    return grad_input, grad_weight, grad_bias, grad
+
+
+def _before_activation(
+    normalized: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    per_channel = _shapes(normalized)[1]
+    z = normalized if weight is None else normalized * weight.double().view(per_channel)
+    if bias is not None:
+        z = z + bias.double().view(per_channel)
+    return z if residual is None else z + residual.double()
 
 
 def _shapes(input: Tensor) -> tuple[list[int], tuple[int, ...]]:

@@ -1,21 +1,38 @@
 """The autograd Function: moments, all_reduce, normalize; and its mirror in backward."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import differentiable, ops
+from .activations import ACTIVATIONS
 from .checkpointing import keep_sums, take_sums, this_thread
 from .communication import all_reduce
 
 
-class SyncBatchNormFunction(torch.autograd.Function):
-    """Batch normalization with the statistics of all ranks of a group.
+class Setting(NamedTuple):
+    """What a layer is told beside tensors."""
 
-    Each pass makes one `dist.all_reduce`, or none where there is no group.
+    momentum: float | None
+    eps: float
+    group: Any  # None: this process is alone
+    layer_name: str  # in errors
+    frozen: bool  # normalizes with the running statistics, which stay
+    activation: str | None
+    activation_slope: float
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """activation(batch normalization + residual) with the statistics of all ranks of a group.
+
+    Each pass makes one `dist.all_reduce`, or none where there is no group or the layer is frozen.
     The tensor on the wire is float64 and its size depends on the number of channels alone: [2C + 1]
     in forward, [2C] in backward. Gradients of weight and bias stay those of this rank.
+
+    Nothing that has the size of the input is saved but the input and, for an activation of a sum
+    with a residual, what tells its derivative: gates of one bit or byte where that has two values,
+    which move the fewest bytes, else the residual.
     """
 
     @staticmethod
@@ -24,26 +41,36 @@ class SyncBatchNormFunction(torch.autograd.Function):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        eps: float,
-        group: Any,
-        layer_name: str,
+        setting: Setting,
     ) -> Tensor:
-        """Normalize (N, C, *spatial), unchecked; `layer_name` stands in errors."""
-        if group is None:
-            moments = ops.moments(input)
+        """Normalize (N, C, *spatial), unchecked."""
+        moments = None
+        if not setting.frozen:
+            moments = _moments_of_all_ranks(input, setting)
+        activation = setting.activation
+        block: dict[str, Any] = {}
+        saved: dict[str, Tensor | None] = {}
+        if setting.frozen:
+            # else the buffers are not saved: they change before backward if the layer runs twice
+            saved = {"running_mean": running_mean, "running_var": running_var}
+        if residual is not None:
+            block["residual"] = residual
+        if activation is not None:
+            block.update(activation=activation, activation_slope=setting.activation_slope)
+            saved["bias"] = bias
+            if residual is not None and ACTIVATIONS[activation].gated:
+                block["keeps_gates"] = True
+            elif residual is not None:
+                saved["residual"] = residual
+        if residual is None and running_mean is not None and not setting.frozen:
+            operator = ops.normalize
         else:
-            moments = _moments_of_all_ranks(input, group, layer_name)
-        # The running buffers are not saved: they change before backward if the layer runs twice.
-        ctx.save_for_backward(input, weight, moments)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.eps = eps
-        ctx.group = group
-        ctx.layer_name = layer_name
-        return ops.normalize(
+            operator = ops.normalize_block
+        output = operator(
             input,
             moments,
             weight,
@@ -51,51 +78,91 @@ class SyncBatchNormFunction(torch.autograd.Function):
             running_mean=running_mean,
             running_var=running_var,
             num_batches_tracked=num_batches_tracked,
-            momentum=momentum,
-            eps=eps,
+            momentum=setting.momentum,
+            eps=setting.eps,
+            **block,
         )
+        if isinstance(output, tuple):
+            output, gates = output
+            if "keeps_gates" in block:
+                saved["gates"] = gates
+        ctx.save_for_backward(input, weight, moments, *saved.values())
+        ctx.names = tuple(saved)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.setting = setting
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of input, weight and bias."""
-        input, weight, moments = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        """Gradients of input, weight, bias and residual."""
+        input, weight, moments, *others = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        setting: Setting = ctx.setting
+        block: dict[str, Any] = dict(zip(ctx.names, others, strict=True))
         if torch.is_grad_enabled():  # create_graph=True
             gradients = differentiable.gradients(
-                grad_output, input, weight, moments[-1], ctx.eps, ctx.group, ctx.layer_name
+                grad_output, input, weight, moments, setting, **block
             )
-            dtypes = (input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype)
-            needed = (needs_input, needs_weight, needs_bias)
-            cast = [
-                g.to(d) if n else None for g, d, n in zip(gradients, dtypes, needed, strict=True)
-            ]
-            return (*cast, *[None] * 7)
-        grad_moments, grad_weight, grad_bias = ops.grad_moments(
-            grad_output,
-            input,
-            moments,
-            weight.dtype if needs_weight else None,
-            ctx.bias_dtype if needs_bias else None,
-            ctx.eps,
-        )
-        grad_input = None
-        if needs_input:
-            if ctx.group is not None:
-                grad_moments = all_reduce(grad_moments, ctx.group, ctx.layer_name, "backward")
-            grad_input = ops.grad_input(grad_output, input, moments, grad_moments, weight, ctx.eps)
+            dtypes = (
+                input.dtype,
+                None if weight is None else weight.dtype,
+                ctx.bias_dtype,
+                input.dtype,
+            )
+            return *(
+                gradient.to(dtype) if needed else None
+                for gradient, dtype, needed in zip(
+                    gradients, dtypes, ctx.needs_input_grad[:4], strict=True
+                )
+            ), *[None] * 4
+        if setting.activation is not None:
+            block.update(activation=setting.activation, activation_slope=setting.activation_slope)
+        grad_moments = grad_weight = grad_bias = grad_input = None
+        if not setting.frozen or needs_weight or needs_bias:
+            extra = {"weight": weight, **block} if block else {}
+            grad_moments, grad_weight, grad_bias = ops.grad_moments(
+                grad_output,
+                input,
+                moments,
+                weight.dtype if needs_weight else None,
+                ctx.bias_dtype if needs_bias else None,
+                setting.eps,
+                **extra,
+            )
+        grad_residual = grad_output if needs_residual else None
+        if needs_input or (needs_residual and setting.activation is not None):
+            if setting.group is not None and needs_input and grad_moments is not None:
+                grad_moments = all_reduce(
+                    grad_moments, setting.group, setting.layer_name, "backward"
+                )
+            both = needs_residual and setting.activation is not None
+            grad_input = (ops.grad_input_block if both else ops.grad_input)(
+                grad_output,
+                input,
+                moments,
+                None if setting.frozen else grad_moments,
+                weight,
+                setting.eps,
+                **block,
+            )
+            if both:
+                grad_input, grad_residual = grad_input
         return (
-            grad_input,
+            grad_input if needs_input else None,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            *[None] * 7,
+            grad_residual,
+            *[None] * 4,
         )
 
 
-def _moments_of_all_ranks(input: Tensor, group: Any, layer_name: str) -> Tensor:
+def _moments_of_all_ranks(input: Tensor, setting: Setting) -> Tensor:
+    if setting.group is None:
+        return ops.moments(input)
     if torch.compiler.is_compiling() or not this_thread.regions:
-        return all_reduce(ops.moments(input), group, layer_name, "forward")
-    moments = take_sums(layer_name)
+        return all_reduce(ops.moments(input), setting.group, setting.layer_name, "forward")
+    moments = take_sums(setting.layer_name)
     if moments is None:
-        moments = all_reduce(ops.moments(input), group, layer_name, "forward")
-    keep_sums(moments, layer_name)
+        moments = all_reduce(ops.moments(input), setting.group, setting.layer_name, "forward")
+    keep_sums(moments, setting.layer_name)
     return moments

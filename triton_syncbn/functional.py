@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import differentiable, groups
-from .function import SyncBatchNormFunction
+from .activations import ACTIVATIONS
+from .function import Setting, SyncBatchNormFunction
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,6 +30,9 @@ def sync_batch_norm(
     *,
     num_batches_tracked: Tensor | None = None,
     process_group: Any = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_slope: float = 0.01,
     layer_name: str = "",
 ) -> Tensor:
     """Batch normalization (Ioffe and Szegedy 2015) with the mean and variance of the samples of all
@@ -61,6 +65,10 @@ def sync_batch_norm(
             empty global batch does not count.
         process_group: the ranks to synchronize: a ProcessGroup, such as `sync_group` returns, a
             DeviceMesh of one dimension, or None for all of them. Looked at in training only.
+        residual: added to the normalized input; shape of the input, any of these dtypes, or None.
+        activation: of the sum: relu, relu6, leaky_relu, elu (alpha 1), silu, gelu (not its
+            approximation) or hardswish; or None.
+        activation_slope: of leaky_relu, where its argument is not positive.
         layer_name: the name of the layer in errors of its communication.
 
     Returns:
@@ -89,9 +97,19 @@ def sync_batch_norm(
             "input: expected more than one value per channel in training, "
             f"got shape {_shape(input)}"
         )
-    if not training:
-        return _torch_batch_norm(input, running_mean, running_var, weight, bias, eps)
+    is_block = activation is not None or residual is not None
+    if is_block:
+        residual = _check_block(input, residual, activation)
     exporting = torch.compiler.is_exporting()
+    # Transformed or exported, a layer is made of operators that torch can differentiate.
+    in_plain_torch = (
+        exporting
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # inside torch.autograd.forward_ad.dual_level
+    )
+    if not training and (in_plain_torch or uses_batch or not is_block):
+        output = _torch_batch_norm(input, running_mean, running_var, weight, bias, eps)
+        return _add_and_activate(output, residual, activation, activation_slope)
     if exporting and group is not None:
         raise RuntimeError(
             "torch.export: expected a layer in eval mode, or a process that is alone; got SyncBN "
@@ -101,26 +119,51 @@ def sync_batch_norm(
     if exporting and momentum is not None:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    arguments = (
-        input,
-        None if weight is None else weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        momentum,
-        eps,
-        group,
-        layer_name,
-    )
-    if (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # inside torch.autograd.forward_ad.dual_level
-        or exporting
-    ):
-        return differentiable.batch_norm(*arguments)
-    return SyncBatchNormFunction.apply(*arguments)
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        return _add_and_activate(output, residual, activation, activation_slope)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    buffers = running_mean, running_var, num_batches_tracked
+    if in_plain_torch:
+        output = differentiable.batch_norm(
+            input, weight, bias, *buffers, momentum, eps, group, layer_name
+        )
+        return _add_and_activate(output, residual, activation, activation_slope)
+    setting = Setting(momentum, eps, group, layer_name, not training, activation, activation_slope)
+    return SyncBatchNormFunction.apply(input, weight, bias, residual, *buffers, setting)
+
+
+def _add_and_activate(
+    output: Tensor, residual: Tensor | None, activation: str | None, slope: float
+) -> Tensor:
+    if residual is not None:
+        output = output + residual
+    if activation is None:
+        return output
+    function = ACTIVATIONS[activation]
+    return function.value(output, slope if function.takes_slope else 0.0)
+
+
+def _check_block(input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
+    """The residual, in the dtype of the input."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected None or one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+        )
+    if residual is None:
+        return None
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a torch.Tensor or None, got {type(residual).__name__}")
+    if residual.shape != input.shape or residual.device != input.device:
+        raise ValueError(
+            f"residual: expected shape {_shape(input)} on {input.device}, those of the input; "
+            f"got {_shape(residual)} on {residual.device}"
+        )
+    if residual.dtype not in _DTYPES:
+        raise TypeError(
+            f"residual: expected float16, bfloat16, float32 or float64, got {residual.dtype}"
+        )
+    return residual.to(input.dtype)
 
 
 def _torch_batch_norm(

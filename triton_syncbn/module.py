@@ -39,6 +39,8 @@ class SyncBN(_BatchNorm):
             as long as this rank does not train.
         device, dtype: of parameters and buffers.
         bias: False for a weight without a bias.
+        activation, activation_slope: what follows the normalization and the residual, in the same
+            kernels; see `sync_batch_norm`.
 
     Raises:
         TypeError, ValueError: see `sync_batch_norm`.
@@ -46,6 +48,9 @@ class SyncBN(_BatchNorm):
 
     process_group: Any
     layer_name: str
+    activation: str | None = None
+    activation_slope: float = 0.01
+    frozen: bool = False
 
     def __init__(
         self,
@@ -59,6 +64,8 @@ class SyncBN(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        activation_slope: float = 0.01,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -67,6 +74,8 @@ class SyncBN(_BatchNorm):
             self.register_parameter("bias", None)
         self.__module__ = convert.FX_LEAF
         self.process_group = process_group
+        self.activation = activation
+        self.activation_slope = activation_slope
         self.layer_name = f"{next(_numbers)} (made as SyncBN({num_features}))"
 
     def reset_parameters(self) -> None:
@@ -77,8 +86,28 @@ class SyncBN(_BatchNorm):
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, num_features, *spatial); see `sync_batch_norm`."""
+    def freeze(self) -> "SyncBN":
+        """Normalize with the running statistics in training as well, which stay as they are; weight
+        and bias still train. Nothing is communicated. Returns the layer itself.
+
+        Raises ValueError if there are no running statistics.
+        """
+        if self.running_mean is None:
+            raise ValueError(
+                "track_running_stats: expected a layer with running statistics to freeze, got none"
+            )
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> "SyncBN":
+        """Normalize with the batch in training again. Returns the layer itself."""
+        self.frozen = False
+        return self
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(batch_norm(input) + residual), both (N, num_features, *spatial); see
+        `sync_batch_norm`.
+        """
         if isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
             if input.dim() > 1 and input.shape[1] != self.num_features:
@@ -86,18 +115,22 @@ class SyncBN(_BatchNorm):
                     f"input: expected {self.num_features} channels (num_features) in dimension 1, "
                     f"got shape {tuple(input.shape)}"
                 )
-        track = not self.training or self.track_running_stats
+        training = self.training and not self.frozen
+        track = not training or self.track_running_stats
         return sync_batch_norm(
             input,
             self.running_mean if track else None,
             self.running_var if track else None,
             self.weight,
             self.bias,
-            self.training,
+            training,
             self.momentum,
             self.eps,
             num_batches_tracked=self.num_batches_tracked if track else None,
             process_group=self.process_group,
+            residual=residual,
+            activation=self.activation,
+            activation_slope=self.activation_slope,
             # a name read in a graph would be compiled into it, and layers could not share the graph
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
@@ -116,6 +149,8 @@ class SyncBN(_BatchNorm):
         num_batches_tracked: Tensor | None = None,
     ) -> Tensor:
         """What `F.batch_norm` becomes in the forward of a subclass; see subclass_forward.py."""
+        if self.frozen:
+            running_mean, running_var, training = self.running_mean, self.running_var, False
         if not (training and self.training):  # nothing is communicated: a rank may do it alone
             return F.batch_norm(
                 *(input, running_mean, running_var, weight, bias),
@@ -141,6 +176,10 @@ class SyncBN(_BatchNorm):
     def extra_repr(self) -> str:
         """Settings of the layer; the ranks of its process group, if it has one of its own."""
         settings = super().extra_repr()
+        if self.activation is not None:
+            settings += f", activation={self.activation}"
+        if self.frozen:
+            settings += ", frozen"
         if self.process_group is None:
             return settings
         return f"{settings}, process_group={groups.describe(self.process_group)}"
@@ -150,6 +189,11 @@ class SyncBN(_BatchNorm):
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
         duplicate.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return duplicate
+
+    def __copy__(self) -> "SyncBN":
+        duplicate = self.__class__.__new__(self.__class__)
+        duplicate.__dict__.update(self.__dict__)  # the group, too, which __getstate__ leaves out
         return duplicate
 
     def __getstate__(self) -> dict[str, Any]:

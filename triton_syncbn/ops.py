@@ -7,7 +7,7 @@ input does if that is dense in either layout (channels first or channels last), 
 """
 
 import functools
-import importlib
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -18,21 +18,38 @@ from torch import Tensor
 
 from . import reference
 
+_BUFFERS = (
+    "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
+    "Tensor(c!)? num_batches_tracked=None, float? momentum=None"
+)
+_STATISTICS = "Tensor? running_mean=None, Tensor? running_var=None"
+_ACTIVATION = "str? activation=None, float activation_slope=0.0"
+_GRAD_INPUT = (
+    "(Tensor grad_output, Tensor input, Tensor? moments, Tensor? grad_moments, Tensor? weight, "
+    f"float eps, *, Tensor? bias=None, {_STATISTICS}, Tensor? residual=None, "
+    f"Tensor? gates=None, {_ACTIVATION})"
+)
+# Where a step makes a second map it is another operator, `_block`. It returns two tensors, one of
+# them empty if it is not asked for. torch 2.13 cannot compile an operator that returns one and is
+# given none of the buffers that it may change: a layer without running statistics takes the other.
 _SCHEMAS = {
     "moments": "(Tensor input) -> Tensor",
     "normalize": (
-        "(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, "
-        "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
-        "Tensor(c!)? num_batches_tracked=None, float? momentum=None, float eps) -> Tensor"
+        f"(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, {_BUFFERS}, float eps, "
+        f"{_ACTIVATION}) -> Tensor"
+    ),
+    "normalize_block": (
+        f"(Tensor input, Tensor? moments, Tensor? weight, Tensor? bias, *, {_BUFFERS}, float eps, "
+        f"Tensor? residual=None, bool keeps_gates=False, {_ACTIVATION}) -> (Tensor, Tensor)"
     ),
     "grad_moments": (
-        "(Tensor grad_output, Tensor input, Tensor moments, ScalarType? weight_dtype, "
-        "ScalarType? bias_dtype, float eps) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_output, Tensor input, Tensor? moments, ScalarType? weight_dtype, "
+        "ScalarType? bias_dtype, float eps, *, Tensor? weight=None, Tensor? bias=None, "
+        f"{_STATISTICS}, Tensor? residual=None, Tensor? gates=None, {_ACTIVATION}) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
-    "grad_input": (
-        "(Tensor grad_output, Tensor input, Tensor moments, Tensor grad_moments, "
-        "Tensor? weight, float eps) -> Tensor"
-    ),
+    "grad_input": f"{_GRAD_INPUT} -> Tensor",
+    "grad_input_block": f"{_GRAD_INPUT} -> (Tensor, Tensor)",
 }
 
 
@@ -64,8 +81,9 @@ def _step(name: str, device_type: str) -> Callable[..., Any]:
         device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     ):
         try:
-            module = importlib.import_module(f"triton_syncbn.kernels.{name}")
-            return getattr(module, name)
+            from .kernels import launchers
+
+            return getattr(launchers, name)
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise
@@ -89,24 +107,68 @@ def _moments(input: Tensor) -> Tensor:
     return _run("moments", dense(input))
 
 
-def _normalize(input: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-    if torch._C._current_graph_task_id() != -1:
+def _normalize(
+    input: Tensor,
+    moments: Tensor | None,
+    *arguments: Any,
+    residual: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    if moments is not None and torch._C._current_graph_task_id() != -1:
         # In a backward, so activation checkpointing computes a forward again, whose batch the
         # running statistics have seen. Decided here, as a compiled graph has no other place for it.
         settings.update(running_mean=None, running_var=None, num_batches_tracked=None)
-    return _run("normalize", dense(input), *arguments, **settings)
-
-
-def _grad_moments(
-    grad_output: Tensor, input: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    return _run("grad_moments", laid_out_like(grad_output, input), input, *arguments)
+    if residual is not None:
+        settings["residual"] = laid_out_like(residual, input)
+    return _run("normalize", input, moments, *arguments, **settings)
 
 
-def _grad_input(grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
-    input = dense(input)
-    return _run("grad_input", laid_out_like(grad_output, input), input, *arguments)
+def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
+    """What keeps the gates of a block (see kernels/blocks.py): uint8, one of them for each element,
+    or for eight where they lie in one vector of one program; empty if none are kept.
+    """
+    elements = input.numel() if any_are_kept else 0
+    one_position = math.prod(input.shape[2:]) == 1
+    channels_last = one_position or (is_channels_last(input) and not input.is_contiguous())
+    together = input.shape[1] if channels_last else elements
+    packed = input.itemsize == 2 and together % 8 == 0
+    return input.new_empty(elements // 8 if packed else elements, dtype=torch.uint8)
+
+
+def _normalize_block(
+    input: Tensor, *arguments: Any, keeps_gates: bool = False, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    gates = new_gates(input, keeps_gates)
+    return _normalize(input, *arguments, gates=gates if keeps_gates else None, **settings), gates
+
+
+def _backward_step(name: str) -> Callable[..., Any]:
+    def run(
+        grad_output: Tensor,
+        input: Tensor,
+        *arguments: Any,
+        residual: Tensor | None = None,
+        **settings: Any,
+    ) -> Any:
+        input = dense(input)
+        if residual is not None:
+            settings["residual"] = laid_out_like(residual, input)
+        return _run(name, laid_out_like(grad_output, input), input, *arguments, **settings)
+
+    return run
+
+
+def _grad_input_block(
+    grad_output: Tensor, input: Tensor, *arguments: Any, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    grad_residual = torch.empty_like(dense(input))
+    grad = _grad_input(grad_output, input, *arguments, grad_residual=grad_residual, **settings)
+    return grad, grad_residual
+
+
+_grad_moments = _backward_step("grad_moments")
+_grad_input = _backward_step("grad_input")
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -147,8 +209,14 @@ def _moments_shape(input: Tensor) -> Tensor:
     return input.new_empty(2 * input.shape[1] + 1, dtype=torch.float64)
 
 
-def _normalize_shape(input: Tensor, *arguments: Any, **buffers: Any) -> Tensor:
+def _normalize_shape(input: Tensor, *arguments: Any, **settings: Any) -> Tensor:
     return torch.empty_like(dense(input))
+
+
+def _normalize_block_shape(
+    input: Tensor, *arguments: Any, keeps_gates: bool = False, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dense(input)), new_gates(input, keeps_gates)
 
 
 def _grad_moments_shape(
@@ -157,7 +225,8 @@ def _grad_moments_shape(
     moments: Tensor,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
-    eps: float,
+    *settings: Any,
+    **block: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = input.shape[1]
     return (
@@ -167,16 +236,24 @@ def _grad_moments_shape(
     )
 
 
-def _grad_input_shape(grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+def _grad_input_shape(grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any) -> Tensor:
     return torch.empty_like(dense(input))
+
+
+def _grad_input_block_shape(
+    grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dense(input)), torch.empty_like(dense(input))
 
 
 _library = torch.library.Library("triton_syncbn", "DEF")
 for _name, _implementation, _shape in (
     ("moments", _moments, _moments_shape),
     ("normalize", _normalize, _normalize_shape),
+    ("normalize_block", _normalize_block, _normalize_block_shape),
     ("grad_moments", _grad_moments, _grad_moments_shape),
     ("grad_input", _grad_input, _grad_input_shape),
+    ("grad_input_block", _grad_input_block, _grad_input_block_shape),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _refusing_gradients(_name, _implementation), "CompositeExplicitAutograd")
@@ -185,5 +262,7 @@ for _name, _implementation, _shape in (
 
 moments = torch.ops.triton_syncbn.moments.default
 normalize = torch.ops.triton_syncbn.normalize.default
+normalize_block = torch.ops.triton_syncbn.normalize_block.default
 grad_moments = torch.ops.triton_syncbn.grad_moments.default
 grad_input = torch.ops.triton_syncbn.grad_input.default
+grad_input_block = torch.ops.triton_syncbn.grad_input_block.default

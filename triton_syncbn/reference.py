@@ -5,8 +5,13 @@ Shapes, dtypes, meaning and precision are those of the kernels' launchers: float
 float64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .activations import ACTIVATIONS
 
 NOISE_OF_VARIANCE = 2.0**-50  # see kernels/statistics.py
 
@@ -35,7 +40,7 @@ def moments(input: Tensor) -> Tensor:
 
 def normalize(
     input: Tensor,
-    moments: Tensor,
+    moments: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -44,38 +49,60 @@ def normalize(
     num_batches_tracked: Tensor | None = None,
     momentum: float | None = None,
     eps: float,
+    residual: Tensor | None = None,
+    gates: Tensor | None = None,
+    activation: str | None = None,
+    activation_slope: float = 0.0,
 ) -> Tensor:
     """Normalize with the global moments; update the running statistics in place unless the global
-    batch is empty.
+    batch is empty. Without moments the running statistics are those to normalize with.
     """
-    mean, variance, count = mean_and_variance(moments)
-    update_running_statistics(
-        mean, variance, count, running_mean, running_var, num_batches_tracked, momentum
-    )
+    mean, variance, count = statistics_of_layer(moments, running_mean, running_var)
+    if moments is not None:
+        update_running_statistics(
+            mean, variance, count, running_mean, running_var, num_batches_tracked, momentum
+        )
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
     high, low = _split_high_low(mean, input)
     shift = -low * scale if bias is None else bias.double() - low * scale
-    return _scale_and_shift(input, high, scale, shift).to(input.dtype)
+    z = _scale_and_shift(input, high, scale, shift)
+    if residual is not None:
+        z += residual
+    if activation is None:
+        return z.to(input.dtype)
+    function = ACTIVATIONS[activation]
+    slope = activation_slope if function.takes_slope else 0.0
+    if gates is not None:
+        gates.copy_(_pack(function.derivative(z, slope) == 1.0, gates, input))
+    return function.value(z, slope).to(input.dtype)
 
 
 def grad_moments(
     grad_output: Tensor,
     input: Tensor,
-    moments: Tensor,
+    moments: Tensor | None,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     eps: float,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    **block: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C], and from them the gradients of
     weight and bias.
     """
-    mean, variance, _ = mean_and_variance(moments)
+    mean, variance, _ = statistics_of_layer(moments, running_mean, running_var)
     rstd = (variance + eps).rsqrt()
     high, low = _split_high_low(mean, input)
     normalized = _scale_and_shift(input, high, rstd, -low * rstd)
-    grad = grad_output.to(normalized.dtype)
+    grad = _gradient_of_block(
+        grad_output.to(normalized.dtype), input, mean, rstd, weight, bias, **block
+    )
     grads = grad.sum(_all_but_channels(input)).double()
     products = normalized.mul_(grad).sum(_all_but_channels(input)).double()
     none = input.new_empty(0)
@@ -89,21 +116,35 @@ def grad_moments(
 def grad_input(
     grad_output: Tensor,
     input: Tensor,
-    moments: Tensor,
-    grad_moments: Tensor,
+    moments: Tensor | None,
+    grad_moments: Tensor | None,
     weight: Tensor | None,
     eps: float,
+    *,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    grad_residual: Tensor | None = None,
+    **block: Any,
 ) -> Tensor:
     """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
-    mean, variance, count = mean_and_variance(moments)
+    mean, variance, count = statistics_of_layer(moments, running_mean, running_var)
     rstd = (variance + eps).rsqrt()
-    grad_mean, product_mean = (grad_moments / count.clamp(min=1.0)).chunk(2)
+    if grad_moments is None:
+        grad_mean = product_mean = torch.zeros_like(mean)
+    else:
+        grad_mean, product_mean = (grad_moments / count.clamp(min=1.0)).chunk(2)
     scale = rstd if weight is None else rstd * weight.double()
     slope = -scale * rstd * product_mean
     high, low = _split_high_low(mean, input)
     grad_high, grad_low = _split_high_low(grad_mean, input)
     result = _scale_and_shift(input, high, slope, -scale * grad_low - slope * low)
-    grad = grad_output.to(result.dtype) - _per_channel(grad_high, input)
+    grad = _gradient_of_block(
+        grad_output.to(result.dtype), input, mean, rstd, weight, bias, **block
+    )
+    if grad_residual is not None:
+        grad_residual.copy_(grad)
+    grad = grad - _per_channel(grad_high, input)
     return result.addcmul_(grad, _per_channel(scale.to(result.dtype), input)).to(input.dtype)
 
 
@@ -131,6 +172,16 @@ def update_running_statistics(
         unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
         for running, batch in ((running_mean, mean), (running_var, unbiased)):
             running.copy_((1.0 - factor) * running.double() + factor * batch)
+
+
+def statistics_of_layer(
+    moments: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of the batch; where there are no moments, those of the buffers."""
+    if moments is None:
+        assert running_mean is not None and running_var is not None
+        return running_mean.double(), running_var.double(), running_mean.new_ones(())
+    return mean_and_variance(moments)
 
 
 def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +213,70 @@ def _scale_and_shift(input: Tensor, high: Tensor, scale: Tensor, shift: Tensor) 
         deviations,
         _per_channel(scale.to(high.dtype), input),
     )
+
+
+def _gradient_of_block(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    gates: Tensor | None = None,
+    activation: str | None = None,
+    activation_slope: float = 0.0,
+) -> Tensor:
+    def before_activation() -> Tensor:
+        scale = rstd if weight is None else rstd * weight.double()
+        high, low = _split_high_low(mean, input)
+        shift = -low * scale if bias is None else bias.double() - low * scale
+        z = _scale_and_shift(input, high, scale, shift)
+        return z if residual is None else z.add_(residual)
+
+    if activation is None:
+        return grad
+    return gradient_of_z(grad, before_activation, gates, input, activation, activation_slope)
+
+
+def gradient_of_z(
+    grad: Tensor,
+    before_activation: Callable[[], Tensor],
+    gates: Tensor | None,
+    input: Tensor,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """The gradient before an activation, from that after it and from the gates or else z."""
+    function = ACTIVATIONS[activation]
+    slope = slope if function.takes_slope else 0.0
+    if not function.gated:
+        return grad * function.derivative(before_activation(), slope)
+    if gates is not None:
+        opened = _unpack(gates, input)
+    else:
+        opened = function.derivative(before_activation(), slope) == 1.0
+    return torch.where(opened, grad, grad * slope if slope else 0.0)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.movedim(1, -1)
+
+
+def _pack(opened: Tensor, gates: Tensor, input: Tensor) -> Tensor:
+    """Booleans as gates lie in memory: in the order of the input, bit i % 8 of byte i // 8."""
+    flat = _in_memory_order(opened).reshape(-1, input.numel() // max(gates.numel(), 1))
+    bits = torch.arange(flat.shape[1], dtype=torch.uint8, device=input.device)
+    return (flat.to(torch.uint8) << bits).sum(1, dtype=torch.uint8)
+
+
+def _unpack(gates: Tensor, input: Tensor) -> Tensor:
+    model = _in_memory_order(input)
+    bits = torch.arange(
+        input.numel() // max(gates.numel(), 1), dtype=torch.uint8, device=input.device
+    )
+    opened = (gates[:, None] >> bits & 1).bool().view(model.shape)
+    return opened if model is input else opened.movedim(-1, 1)
 
 
 def _all_but_channels(input: Tensor) -> list[int]:

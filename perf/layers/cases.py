@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from layers.blocks import BLOCKS
+
 SHAPES = pathlib.Path(__file__).parents[1] / "shapes.csv"
 DTYPES = {
     "fp32": torch.float32,
@@ -29,11 +31,17 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     layout: str
+    block: str = "none"
 
     @property
     def bytes(self) -> int:
         """Bytes of the input, T."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def bytes_of_pass(self, pass_name: str) -> float:
+        """Bytes that a pass cannot do without."""
+        item_size = DTYPES[self.dtype].itemsize
+        return self.bytes * BLOCKS[self.block].of_pass(pass_name, item_size)
 
     @property
     def shape_name(self) -> str:
@@ -76,7 +84,11 @@ def scaled_down(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_cases(
-    chosen: list[str], dtypes: list[str], layouts: list[str], for_cpu: bool = False
+    chosen: list[str],
+    dtypes: list[str],
+    layouts: list[str],
+    for_cpu: bool = False,
+    block: str = "none",
 ) -> list[Case]:
     """The layers of the chosen suites in every dtype and layout, scaled down for a CPU.
 
@@ -91,5 +103,5 @@ def read_cases(
             shape = scaled_down(shape)
         for dtype in dtypes:
             for layout in layouts if len(shape) > 2 else layouts[:1]:
-                cases.append(Case(row["suite"], row["name"], shape, dtype, layout))
+                cases.append(Case(row["suite"], row["name"], shape, dtype, layout, block))
     return cases

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from layers.blocks import in_block
 from layers.cases import Case
 from layers.correctness import Exercise
 from layers.implementations import Implementation, implementations, synchronized_even_alone
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from measuring.counts import count_calls
 from measuring.memory import copy_bytes_per_second, peak_megabytes
-from measuring.passes import PASSES, TRANSFERS, calls_of_passes
+from measuring.passes import PASSES, calls_of_passes
 from measuring.times import WARMUP, Call, in_cuda_graph, percentiles, time_calls
 
 Key = tuple[str, str]  # implementation, pass
@@ -88,11 +89,18 @@ class Measurement:
                     raise
                 self.failures.setdefault(name, f"{case.layer}: {_first_line(failure)}")
                 continue
-            passes = calls_of_passes(layer, exercise.input, exercise.grad_output, found.in_place)
+            passes = calls_of_passes(
+                layer,
+                exercise.input,
+                exercise.grad_output,
+                *exercise.residual,
+                in_place=found.in_place,
+            )
             for pass_name in self.plan.passes:
                 rows[name, pass_name] = {
                     **{"impl": name, "pass": pass_name, "suite": case.suite, "layer": case.layer},
                     **{"shape": case.shape_name, "dtype": case.dtype, "layout": case.layout},
+                    "block": case.block,
                     **{"timer": self.plan.timer(self.device), "error_over_tolerance": error},
                 }
                 if error <= 1.0:
@@ -104,6 +112,7 @@ class Measurement:
     ) -> tuple[torch.nn.Module, float]:
         """A layer, and the largest error of all ranks."""
         layer = found.make(exercise.case.shape[1]).to(self.device)
+        layer = in_block(layer, exercise.case.block)
         error = exercise.error_of(layer, synchronized=found.synchronized, in_place=found.in_place)
         errors: list[Any] = [None] * self.place.world_size
         dist.all_gather_object(errors, error)
@@ -125,7 +134,7 @@ class Measurement:
         figures = {}
         for key, seconds in timed.items():
             p20, p50, p80 = percentiles(seconds.device)
-            bytes_per_second = TRANSFERS[key[1]] * case.bytes / (p50 * 1e-6)
+            bytes_per_second = case.bytes_of_pass(key[1]) / (p50 * 1e-6)
             figures[key] = {
                 **{"samples": self.plan.samples, "us_p20": p20, "us_p50": p50, "us_p80": p80},
                 "host_us": percentiles(seconds.host)[1],

@@ -8,7 +8,7 @@ from machine.environment import VERSIONS
 
 from report.tables import read_rows
 
-KEYS = ["impl", "pass", "suite", "layer", "shape", "dtype", "layout", "timer"]
+KEYS = ["impl", "pass", "suite", "layer", "shape", "dtype", "layout", "block", "timer"]
 NEEDED = {*KEYS, *VERSIONS, "gpu", "world_size", "us_p50", "us_p80"}
 
 

@@ -6,20 +6,22 @@ import textwrap
 from typing import Any
 
 import pandas as pd
-from layers.cases import CPU_FACTOR, MOST_VALUES
+from layers.blocks import BLOCKS
+from layers.cases import CPU_FACTOR, DTYPES, MOST_VALUES
 from layers.implementations import OURS
 from machine.environment import VERSIONS
-from measuring.passes import TRANSFERS
+from measuring.passes import PASSES
 
-SCHEMA = 2
+SCHEMA = 3
 COLUMNS = (
     *("schema", "timestamp_utc", "commit", "dirty", "gpu", "gpu_count", "driver", "torch"),
     *("triton", "cuda", "nccl", "impl", "pass", "dtype", "layout", "suite", "layer", "shape"),
+    "block",
     *("world_size", "timer", "samples", "us_p20", "us_p50", "us_p80", "host_us", "gbytes_per_s"),
     *("copy_fraction", "peak_mb", "launches", "host_syncs", "collectives"),
     *("error_over_tolerance", "config"),
 )
-LAYER = ["suite", "layer", "shape", "dtype", "layout"]
+LAYER = ["suite", "layer", "shape", "dtype", "layout", "block"]
 
 
 def frame_of_layers(rows: list[dict[str, Any]], setting: dict[str, Any]) -> pd.DataFrame:
@@ -95,7 +97,7 @@ def line_per_layer(frame: pd.DataFrame) -> pd.DataFrame:
         if frame.gpu.notna().any():  # else it is the time itself
             columns["host us"] = [number(us, ".0f") for us in of_impl("host_us", OURS)]
     text = layers.to_frame(index=False).drop(columns="suite")
-    for column in ("dtype", "layout"):
+    for column in ("dtype", "layout", "block"):
         if text[column].nunique() == 1:
             text = text.drop(columns=column)
     return text.assign(**columns)
@@ -133,8 +135,10 @@ def where(frame: pd.DataFrame) -> str:
 
 def footnotes(frame: pd.DataFrame, roof: float) -> list[str]:
     """What the figures are and are not."""
-    formula = ", ".join(f"{name} {count}T" for name, count in TRANSFERS.items())
     setting = frame.iloc[0]
+    bytes_of = BLOCKS[setting.block]
+    item_size = DTYPES[str(setting["dtype"])].itemsize
+    formula = ", ".join(f"{name} {bytes_of.of_pass(name, item_size):g}T" for name in PASSES)
     lines = [
         f"Timer: {setting.timer}; {frame.samples.max()} samples, in turns; the slowest rank.",
         f"Bytes by formula, T the bytes of x: {formula}. Copy roof: {roof * 1e-9:.1f} GB/s, read "

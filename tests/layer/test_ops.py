@@ -19,10 +19,27 @@ def arguments(layout=torch.contiguous_format, dtype=torch.float32):
         "normalize": (input, moments, weight, bias),
         "grad_moments": (grad_output, input, moments, torch.float32, torch.float64, 1e-5),
         "grad_input": (grad_output, input, moments, sums, weight, 1e-5),
+        "normalize_block": (input, moments, weight, bias),
+        "grad_input_block": (grad_output, input, moments, sums, weight, 1e-5),
     }
 
 
+NAMES = [
+    "moments",
+    "normalize",
+    "normalize_block",
+    "grad_moments",
+    "grad_input",
+    "grad_input_block",
+]
+
+
 def settings(name):
+    if name == "normalize_block":
+        block = {"residual": torch.randn(2, 3, 4, 5), "activation": "relu", "keeps_gates": True}
+        return {"eps": 1e-5, **block}
+    if name == "grad_input_block":
+        return {"bias": torch.rand(3), "activation": "silu", "residual": torch.randn(2, 3, 4, 5)}
     if name != "normalize":
         return {}
     return {
@@ -36,13 +53,13 @@ def settings(name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("name", ["moments", "normalize", "grad_moments", "grad_input"])
+@pytest.mark.parametrize("name", NAMES)
 def test_schema_and_shapes_hold(name, layout):
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(getattr(ops, name), arguments(layout, dtype)[name], settings(name))
 
 
-@pytest.mark.parametrize("name", ["moments", "normalize", "grad_moments", "grad_input"])
+@pytest.mark.parametrize("name", NAMES)
 def test_shapes_of_strided_input(name):
     """The fake implementation promises the memory layout that the real one returns."""
     values = list(arguments()[name])

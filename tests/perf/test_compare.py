@@ -20,6 +20,7 @@ import triton_syncbn
 COLUMNS = [
     *("schema", "timestamp_utc", "commit", "dirty", "gpu", "gpu_count", "driver", "torch"),
     *("triton", "cuda", "nccl", "impl", "pass", "dtype", "layout", "suite", "layer", "shape"),
+    "block",
     *("world_size", "timer", "samples", "us_p20", "us_p50", "us_p80", "host_us", "gbytes_per_s"),
     *("copy_fraction", "peak_mb", "launches", "host_syncs", "collectives"),
     *("error_over_tolerance", "config"),
@@ -33,6 +34,21 @@ def run_alone(monkeypatch, plain_torch):
     return lambda *arguments: compare.main(
         ["--suite", "edge", "--samples", "2", *map(str, arguments)]
     )
+
+
+@pytest.mark.parametrize("block", ["relu", "add_relu"])
+def test_blocks_are_compared_whole(block, run_alone, tmp_path):
+    file = tmp_path / "rows.csv"
+    assert run_alone("--block", block, "--dtype", "fp32", "bf16", "--csv", file) == 0
+    rows = pd.read_csv(file)
+    assert set(rows.block) == {block}
+    assert (rows.error_over_tolerance <= 1).all()
+    ours, stock = (
+        rows[(rows.impl == name) & (rows["pass"] == "both")].launches.max()
+        for name in ("triton_syncbn", "torch_batchnorm")
+    )
+    assert ours == 4  # as without the block
+    assert stock > 4
 
 
 @pytest.mark.slow
@@ -178,7 +194,15 @@ def test_layers_are_scaled_down_by_what_the_report_says(shape, smaller):
 def test_bytes_are_counted_by_the_formula():
     case = cases.Case("suite", "layer", (2, 3, 5, 7), "bf16", "channels_last")
     assert case.bytes == 2 * 3 * 5 * 7 * 2
-    assert passes.TRANSFERS == {"forward": 3, "backward": 5, "both": 8}
+    for block, forward, backward in (
+        ("none", 3, 5),
+        ("relu", 3, 5),
+        ("add_relu", 4 + 1 / 16, 6 + 1 / 8),
+    ):
+        found = case._replace(block=block)
+        assert found.bytes_of_pass("forward") == forward * case.bytes
+        assert found.bytes_of_pass("backward") == backward * case.bytes
+        assert found.bytes_of_pass("both") == (forward + backward) * case.bytes
 
 
 def test_scale_is_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):

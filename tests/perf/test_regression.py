@@ -14,7 +14,13 @@ def rows(us_p20, us_p50, us_p80, layer="stem", **other):
     """One row of a run."""
     row = {
         **{"impl": "triton_syncbn", "pass": "forward", "suite": "heads", "layer": layer},
-        **{"shape": "8x4", "dtype": "fp32", "layout": "channels_first", "timer": "host clock"},
+        **{
+            "shape": "8x4",
+            "dtype": "fp32",
+            "layout": "channels_first",
+            "block": "none",
+            "timer": "host clock",
+        },
         **{"us_p20": us_p20, "us_p50": us_p50, "us_p80": us_p80},
     }
     return pd.DataFrame([{**row, **SETTING, **other}])

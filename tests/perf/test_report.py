@@ -40,7 +40,7 @@ def rows(gpu="Some GPU", wrong=(), impls=tuple(MICROSECONDS), dtypes=("fp32", "b
             for impl in impls:
                 row = {
                     **{"impl": impl, "pass": "both", "suite": suite, "layer": layer},
-                    **{"shape": shape, "dtype": dtype, "layout": "channels_first"},
+                    **{"shape": shape, "dtype": dtype, "layout": "channels_first", "block": "none"},
                     **{"timer": "device events, cold L2", "error_over_tolerance": 0.5},
                 }
                 if impl in wrong:

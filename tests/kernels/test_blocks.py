@@ -1,0 +1,161 @@
+"""Kernels of whole blocks, activation(batch norm + residual): exact, and how many bytes they move.
+
+With T the bytes of x, the four kernels together move 8 T, with a residual 9 T; ReLU adds nothing
+without a residual. With one the gradient of the residual is a map of its own (T), and ReLU leaves a
+gate of one bit per element, which is written once and read twice.
+"""
+
+import os
+
+import pytest
+import torch
+
+from tests.support import blocks, interpreter, oracle
+from tests.support.blocks import SLOPE
+from tests.support.inputs import LAYOUTS, random
+from tests.support.steps import kernel
+from triton_syncbn import ops, reference
+from triton_syncbn.activations import ACTIVATIONS
+
+EPS = 1e-5
+SHAPES = {"vectors": (3, 16, 4, 8), "odd rows": (2, 8, 5, 7), "no vectors": (3, 5, 3, 7)}
+# Of the norm: half a unit in the last place of bfloat16 at most, some roundings of float32.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
+
+
+class Block:
+    """A block's tensors and its steps, one launch each."""
+
+    def __init__(self, step, activation, residual, layout, dtype, shape, frozen, device):
+        self.step, self.activation, self.frozen = step, activation, frozen
+        self.x, self.dy, extra = (
+            random(shape, dtype, device, layout, seed=seed) for seed in range(3)
+        )
+        self.weight, self.bias, mean, variance = (
+            random(shape[1:2], torch.float32, device, mean=2.0, seed=seed) for seed in range(3, 7)
+        )
+        self.statistics = (mean, variance.abs() + 0.5) if frozen else None
+        self.residual = extra if residual else None
+        self.gates = None
+        if residual and activation and ACTIVATIONS[activation].gated:
+            self.gates = ops.new_gates(self.x, True).fill_(255)
+
+    def run(self):
+        buffers = {}
+        if self.frozen:
+            buffers = dict(zip(("running_mean", "running_var"), self.statistics, strict=True))
+        settings = {"activation": self.activation, "activation_slope": SLOPE, "gates": self.gates}
+        moments = None if self.frozen else self.step("moments")(self.x)
+        output = self.step("normalize")(
+            self.x,
+            moments,
+            self.weight,
+            self.bias,
+            eps=EPS,
+            residual=self.residual,
+            **buffers,
+            **settings,
+        )
+        if self.activation and self.gates is None:
+            settings["residual"] = self.residual
+        sums, grad_weight, grad_bias = self.step("grad_moments")(
+            *(self.dy, self.x, moments, torch.float32, torch.float32, EPS),
+            weight=self.weight,
+            bias=self.bias,
+            **buffers,
+            **settings,
+        )
+        grad_residual = None if self.residual is None else torch.empty_like(self.x)
+        grad_input = self.step("grad_input")(
+            *(self.dy, self.x, moments, None if self.frozen else sums, self.weight, EPS),
+            bias=self.bias,
+            grad_residual=grad_residual,
+            **buffers,
+            **settings,
+        )
+        return blocks.Gradients(output, grad_input, grad_weight, grad_bias, grad_residual)
+
+    def exact(self):
+        return blocks.exact(
+            *(self.activation, self.x, self.dy, self.weight, self.bias),
+            *(self.residual, self.statistics),
+        )
+
+
+def check(block, dtype):
+    exact = block.exact()
+    for name, actual in block.run()._asdict().items():
+        if actual is not None:
+            limit = 5e-6 if name in ("weight", "bias") else TOLERANCE[dtype]
+            error = oracle.relative_error(actual.cpu(), getattr(exact, name).cpu())
+            assert error <= limit, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_exact(activation, layout, residual, device):
+    shape = SHAPES["odd rows"]
+    step = lambda name: kernel(name, device)  # noqa: E731
+    check(
+        Block(step, activation, residual, layout, torch.bfloat16, shape, False, device),
+        torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_blocks_are_exact_whatever_their_tensors(activation, shape, layout, dtype, frozen, device):
+    step = lambda name: kernel(name, device)  # noqa: E731
+    check(Block(step, activation, True, layout, dtype, SHAPES[shape], frozen, device), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gates_are_those_of_the_reference(shape, layout, device):
+    """So a forward in one implementation and a backward in the other fit together."""
+    kept = []
+    for step in (lambda name: kernel(name, device), lambda name: getattr(reference, name)):
+        block = Block(step, "relu", True, layout, torch.bfloat16, SHAPES[shape], False, device)
+        block.run()
+        kept.append(block.gates)
+    assert torch.equal(*kept)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("activation", "residual", "forward", "backward"),
+    [
+        ("relu", False, 3, 5),
+        ("silu", False, 3, 5),
+        (None, True, 4, 5),
+        ("relu", True, 4 + 1 / 16, 6 + 1 / 8),
+        ("silu", True, 4, 8),
+    ],
+)
+def test_bytes_of_a_block(activation, residual, forward, backward, layout):
+    device = torch.device("cpu")
+    moved = {}
+
+    def metered(name):
+        def run(*arguments, **settings):
+            if activation is None and name == "grad_input":
+                settings["grad_residual"] = None  # it is the gradient of y itself
+            with interpreter.metered() as meter:
+                result = kernel(name, device)(*arguments, **settings)
+            # a map has elements of two bytes, gates are bytes; all else is float32 or float64
+            moved[name] = sum(lanes.size * size for _, lanes, size in meter.accesses if size <= 2)
+            return result
+
+        return run
+
+    shape = SHAPES["vectors"]
+    block = Block(metered, activation, residual, layout, torch.bfloat16, shape, False, device)
+    block.run()
+    maps = block.x.numel() * block.x.itemsize
+    assert moved["moments"] + moved["normalize"] == forward * maps
+    assert moved["grad_moments"] + moved["grad_input"] == backward * maps
