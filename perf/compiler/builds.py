@@ -41,6 +41,7 @@ BLOCKS = [
     *(Flags(activation=activation) for activation in ACTIVATIONS),
     *(Flags(activation=activation, residual=True) for activation in (None, *ACTIVATIONS)),
 ]
+BLOCKS_OF_OTHER_DTYPES = [Flags(activation=name, residual=True) for name in ("relu", "silu")]
 # One map of each kind: rows of whole vectors, odd rows, rows that share a block, channels alone,
 # a single program, and one whose offsets do not fit 32 bits.
 KINDS = [
@@ -105,7 +106,12 @@ def all_launches(dtype: str) -> list[Launch]:
         ),
         *(
             launch._replace(flags=flags)
-            for launch, flags in itertools.product(launches_of_kinds(dtype, KINDS[:3:2]), BLOCKS)
+            for launch, flags in itertools.product(
+                launches_of_kinds(dtype, KINDS[:3:2]),
+                BLOCKS
+                if dtype == "bf16"
+                else BLOCKS_OF_OTHER_DTYPES,  # gates of a bit, or of a byte
+            )
         ),
     ]
 
