@@ -59,6 +59,7 @@ def update_running_statistics(
             counted = convert_to(batches, num_batches_tracked.dtype.element_ty)
         else:
             counted = batches.to(num_batches_tracked.dtype.element_ty)
+        tl.debug_barrier()  # every thread has read the counter before one moves it
         tl.store(num_batches_tracked, counted, mask=count > 0.0)
         if CUMULATIVE:
             factor = inverse(batches)

@@ -33,8 +33,8 @@ from .workers import Outcome, Trial, execute, mutate, workers
 AT_ONCE = 8  # variants that a process takes
 # Of several warps and programs that share channels: with every barrier that there is.
 MUTATED = [
-    Variant(ALIGNED, programs=3, warps=4),
-    Variant((5, 37, 3, 61), programs=2, warps=2, layout="channels_last", momentum=None),
+    Variant(ALIGNED, splits=3, warps=4),
+    Variant((5, 37, 3, 61), splits=2, warps=2, layout="channels_last", momentum=None),
     *MANY_PROGRAMS,
 ]
 

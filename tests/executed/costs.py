@@ -12,8 +12,9 @@ from tests.support.ptx.trace import SECTOR, bank_conflicts, sectors
 from .variants import Variant, run
 
 SHAPES = pathlib.Path(__file__).parents[2] / "perf" / "shapes.csv"
+MAPS = ("input", "output", "grad_output", "grad_input")  # parameters of the kernels
 MOST_ELEMENTS = 1 << 17  # of a layer as scaled down, if its channels let it
-WARPS_OF_VECTORS = 8  # N * C keeps this factor, so that rows are read as vectors of 8 elements
+ELEMENTS_OF_VECTOR = 8  # N * C keeps this factor, so that rows are read as vectors of 8 elements
 
 
 class Cost(NamedTuple):
@@ -34,7 +35,7 @@ def scaled_down(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """A layer with the same rows in memory, and fewer of them: channels last, (N * S, C)."""
     samples, channels, *spatial = shape
     if layout == "channels_first":
-        while samples * channels > WARPS_OF_VECTORS and (
+        while samples * channels > ELEMENTS_OF_VECTOR and (
             samples * channels * math.prod(spatial) > MOST_ELEMENTS
         ):
             if samples > 1:
@@ -67,7 +68,7 @@ def costs_of_layer(layer: str, layout: str, capability: int) -> list[Cost]:
     size = math.prod(small) * dtype.itemsize
     costs = []
     for launch in launches:
-        maps = [r for r in launch.machine.memory.regions if len(r.content) == size]
+        maps = [region for region in launch.machine.memory.regions if region.name in MAPS]
         moved = [sectors(region) for region in maps]
         taken = sum(transactions.taken for transactions in moved)
         shared = bank_conflicts(launch.machine.shared)

@@ -62,7 +62,6 @@ def test_order_and_approximations_leave_maps_as_they_are(outcomes):
     assert all(error.identical for error in errors if error.dtype != "float64")
 
 
-@pytest.mark.xfail(strict=True, reason="no barrier between the load of the counter and its store")
 def test_all_threads_read_the_counter_before_one_moves_it(worker):
     """With momentum=None each channel is weighted with the counter that its thread has read."""
     assert not worker.submit(workers.race_of_counter).result()

@@ -20,7 +20,7 @@ from triton_syncbn.kernels.launch_config import (
     WRITERS,
     LaunchConfig,
     default_config,
-    fit_programs,
+    fit_splits,
 )
 
 from tests.support.ptx.launch import Launch, executed_instead_of_launched
@@ -35,16 +35,13 @@ ARCHITECTURES = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("channels_first", "channels_last")
 EPS = 1e-5
-TILES_OF_PROGRAM = 2  # at least, where programs share a channel, so that each goes around its loop
-
-# All threads load the counter, one stores it: nothing holds the one back until all have loaded.
-EXCUSED = ("num_batches_tracked",)
+TILES_OF_PROGRAM = 2  # at least, where a channel is split, so that each goes around its loop
 
 
 class Variant(NamedTuple):
     """A layer, and how its kernels are launched.
 
-    weight, bias, running: dtypes, or None where there is none. programs, warps: of each channel or
+    weight, bias, running: dtypes, or None where there is none. splits, warps: of each channel or
     block, and of a program; None: as by default. wide: 64-bit offsets. beside: tensors begin that
     many elements after an aligned address.
     """
@@ -57,7 +54,7 @@ class Variant(NamedTuple):
     running: torch.dtype | None = torch.float32
     counter: bool = True
     momentum: float | None = 0.1
-    programs: int | None = None
+    splits: int | None = None
     warps: int | None = None
     wide: bool = False
     beside: int = 0
@@ -100,22 +97,22 @@ FLAGS: list[dict[str, torch.dtype | bool | float | None]] = [
     {"weight": torch.float64, "bias": torch.float64, "running": torch.float64},
 ]
 LAUNCHES: list[dict[str, int | bool]] = [
-    {"programs": 3, "warps": 1},
-    {"programs": 2, "warps": 2},
-    {"programs": 5, "warps": 4},
-    {"programs": 1, "warps": 4},
-    {"programs": 3, "warps": 8},
+    {"splits": 3, "warps": 1},
+    {"splits": 2, "warps": 2},
+    {"splits": 5, "warps": 4},
+    {"splits": 1, "warps": 4},
+    {"splits": 3, "warps": 8},
     {"wide": True},
-    {"wide": True, "programs": 3, "warps": 4},
+    {"wide": True, "splits": 3, "warps": 4},
     {"beside": 1},
-    {"beside": 3, "programs": 2, "warps": 2},
+    {"beside": 3, "splits": 2, "warps": 2},
 ]
 
 
 # More programs share a channel than the last of them adds up at once.
 MANY_PROGRAMS = [
-    Variant((2, 2, 64, 64), programs=130, warps=1),
-    Variant((60, 64), programs=20, warps=2),
+    Variant((2, 2, 64, 64), splits=130, warps=1),
+    Variant((60, 64), splits=20, warps=2),
 ]
 
 
@@ -134,9 +131,9 @@ def all_variants() -> list[Variant]:
 def few_variants() -> list[Variant]:
     """What stands for all in the tests."""
     return [
-        Variant(ALIGNED, torch.bfloat16, programs=3, warps=4),
-        Variant(ODD, torch.bfloat16, programs=2, warps=1),
-        Variant(ODD, torch.float32, "channels_last", programs=3, warps=2, momentum=None),
+        Variant(ALIGNED, torch.bfloat16, splits=3, warps=4),
+        Variant(ODD, torch.bfloat16, splits=2, warps=1),
+        Variant(ODD, torch.float32, "channels_last", splits=3, warps=2, momentum=None),
         Variant((8, 16, 9, 11), torch.float16, "channels_last", weight=None, bias=None),
         Variant(ODD, torch.float64, "channels_first", wide=True),
         Variant((0, 8, 4, 4), torch.float32),
@@ -195,15 +192,15 @@ def config_of(kernel: str, variant: Variant, input: torch.Tensor, capability: in
     config = default_config(kernel, shape, ARCHITECTURES[capability])
     if variant.warps:
         config = config._replace(num_warps=variant.warps)
-    if variant.programs:
-        while _tiles(kernel, shape, config) < TILES_OF_PROGRAM * variant.programs:
+    if variant.splits:
+        while _tiles(kernel, shape, config) < TILES_OF_PROGRAM * variant.splits:
             if config.block_rows > 1:
                 config = config._replace(block_rows=config.block_rows // 2)
             elif config.block_columns > shape.vector:
                 config = config._replace(block_columns=config.block_columns // 2)
             else:
                 break
-        config = fit_programs(kernel, shape, config._replace(programs=variant.programs))
+        config = fit_splits(kernel, shape, config._replace(splits=variant.splits))
     return config
 
 
@@ -215,10 +212,10 @@ def _tiles(kernel: str, shape: Geometry, config: LaunchConfig) -> int:
 
 @contextlib.contextmanager
 def _offsets(wide: bool) -> Iterator[None]:
-    launch_config.output_grid.cache_clear()
+    launch_config.tiling.cache_clear()
     with mock.patch.object(launch_config, "WIDE_FROM", 0 if wide else launch_config.WIDE_FROM):
         yield
-    launch_config.output_grid.cache_clear()
+    launch_config.tiling.cache_clear()
 
 
 def run(
@@ -243,7 +240,7 @@ def run(
     wanted = (lambda name: True) if kernel is None else kernel.__eq__
     with (
         _offsets(variant.wide),
-        executed_instead_of_launched(capability, seed, change, EXCUSED) as launches,
+        executed_instead_of_launched(capability, seed, change) as launches,
     ):
         # Each kernel gets what the reference made of the steps before.
         sums = reference.moments(drawn.input)
@@ -272,11 +269,11 @@ def run(
             found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
         if wanted("grad_moments"):
             arguments = (drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS)
-            actual = grad_moments.grad_moments(*arguments, config["grad_moments"])
+            actual = grad_moments.grad_moments(*arguments, config=config["grad_moments"])
             found += exact.of_grad_moments(sums, *actual)
         if wanted("grad_input"):
             arguments = (drawn.grad_output, drawn.input, sums, products, drawn.weight, EPS)
             expected = reference.grad_input(*arguments)
-            actual = grad_input.grad_input(*arguments, config["grad_input"])
+            actual = grad_input.grad_input(*arguments, config=config["grad_input"])
             found += exact.of_grad_input(sums, products, actual, expected)
     return found, launches

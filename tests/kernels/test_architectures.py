@@ -37,7 +37,8 @@ def launches_for(name: str) -> list[compiled.Launch]:
     return [
         launch
         for launch in launches
-        if launch.case[2:] in ((odd, "bf16", "channels_first"), (whole, "bf16", "channels_last"))
+        if (launch.case.shape, launch.case.dtype, launch.case.layout)
+        in ((odd, "bf16", "channels_first"), (whole, "bf16", "channels_last"))
     ]
 
 

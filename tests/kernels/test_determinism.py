@@ -54,7 +54,7 @@ def test_the_order_of_programs_does_not_matter(layout, dtype, shuffle):
         shuffle()
         moments = kernel("moments", device)(input, config)
         sums, grad_weight, grad_bias = kernel("grad_moments", device)(
-            grad_output, input, moments, torch.float32, torch.float32, 1e-5, config
+            grad_output, input, moments, torch.float32, torch.float32, 1e-5, config=config
         )
         runs.append((moments, sums, grad_weight, grad_bias))
     for run in runs[1:]:

@@ -57,9 +57,9 @@ def output_block(
     sizes = indexing.Sizes(rows, channels, columns)
     walk = output_indexing.walk_of_program(tl.program_id(0) + program, 1, sizes, TILING)
     channel, owner = output_indexing.channels_of_walk(walk, sizes, 0, TILING)
-    place, _mask = output_indexing.locate_output_tile(walk.last, walk.block, sizes, TILING)
+    tile = output_indexing.locate_output_tile(walk.last, walk.block, sizes, TILING)
     lane = tl.arange(0, TILING.block_columns)[None, :]
-    tl.store(offsets + lane, place)
+    tl.store(offsets + lane, tile.offsets)
     tl.store(owners + lane, output_indexing.spread(channel.index, owner, TILING))
 
 

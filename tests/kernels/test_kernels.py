@@ -102,10 +102,10 @@ def test_a_config_never_changes_the_result(layout, tile, programs, device):
     output = kernel("normalize", device)(*arguments, eps=1e-5, config=writing)
     assert oracle.relative_error(output, reference.normalize(*arguments, eps=1e-5)) <= 1e-6
     arguments = grad_output, input, moments, None, None, 1e-5
-    sums, *_ = kernel("grad_moments", device)(*arguments, tiled)
+    sums, *_ = kernel("grad_moments", device)(*arguments, config=tiled)
     assert oracle.relative_error(sums, reference.grad_moments(*arguments)[0]) <= SUM_TOLERANCE
     arguments = grad_output, input, moments, sums, None, 1e-5
-    grad_input = kernel("grad_input", device)(*arguments, writing)
+    grad_input = kernel("grad_input", device)(*arguments, config=writing)
     assert oracle.relative_error(grad_input, reference.grad_input(*arguments)) <= 1e-6
 
 

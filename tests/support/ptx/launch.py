@@ -4,7 +4,7 @@ architecture and executed here.
 
 import contextlib
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -55,13 +55,12 @@ def executed_instead_of_launched(
     capability: int,
     seed: int | None = None,
     change: Callable[[Kernel], Kernel] | None = None,
-    excused: Collection[str] = (),
 ) -> Iterator[list[Launch]]:
     """Execute the launches under it, compiled for an architecture, such as 90, and collect them.
 
-    seed: see `Machine`. change: what to do to a kernel before it is executed. excused: parameters
-    in which races are let pass. The driver stays replaced: such a process executes and does nothing
-    else, and TRITON_INTERPRET must not be set in it.
+    seed: see `Machine`. change: what to do to a kernel before it is executed. The
+    driver stays replaced: such a process executes and does nothing else, and TRITON_INTERPRET must
+    not be set in it.
     """
     launches: list[Launch] = []
     run = JITFunction.run
@@ -89,7 +88,7 @@ def executed_instead_of_launched(
         )
         launches.append(Launch(compiled.hash, kernel, machine))
         machine.run()
-        _check(machine, excused)
+        _check(machine)
 
     driver.set_active(_Target(GPUTarget("cuda", capability, 32)))
     with mock.patch.object(JITFunction, "run", execute):
@@ -122,13 +121,13 @@ def _bits(memory: GlobalMemory, name: str, kind: str, value: Any) -> int:
     return int(value) % (1 << INTEGER_BITS[kind])
 
 
-def _check(machine: Machine, excused: Collection[str]) -> None:
+def _check(machine: Machine) -> None:
     """What is written and not read is written once; else, no races; counters are back at 0."""
     regions = machine.memory.regions
     for region in (machine.shared, *regions):
         if region is not machine.shared and region.is_output:
             region.check_stored_once()
-        elif region.name not in excused:
+        else:
             check_races(region, machine.atomics, machine.kernel.threads)
     for region in regions:
         for access in region.accesses:
