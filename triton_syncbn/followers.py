@@ -11,6 +11,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .method_reader import Unsafe
 
@@ -37,7 +38,7 @@ ADDS: dict[Any, Any] = {  # and methods, by their names
     **dict.fromkeys((operator.iadd, "add_"), operator.iadd),
 }
 # What these return is new: no view of anything.
-FRESH = (torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.modules.batchnorm._BatchNorm)
+FRESH = (torch.nn.modules.conv._ConvNd, torch.nn.Linear, _BatchNorm)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DEFAULT_SLOPE = 0.01
 
@@ -74,6 +75,20 @@ def has_hooks(module: Module) -> bool:
     return any(getattr(module, hooks) for hooks in HOOKS)
 
 
+class InPlaceProxy(torch.fx.Proxy):
+    """Records x += y as such, and not as x = x + y."""
+
+
+def _recorded(operation: Any) -> Any:
+    return lambda proxy, other: proxy.tracer.create_proxy(
+        "call_function", operation, (proxy, other), {}
+    )
+
+
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
+    setattr(InPlaceProxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
+
+
 class Tracer(torch.fx.Tracer):
     """Takes modules for one node, but those that hold layers of which nothing is known yet."""
 
@@ -82,15 +97,22 @@ class Tracer(torch.fx.Tracer):
     def __init__(self, layers: Iterable[Any]) -> None:
         super().__init__()
         self.layers = set(layers)
-        self.inlined: dict[Module, str] = {}
+        self.inlined: list[Module] = []
+        self.hidden: dict[Any, str] = {}  # layers in modules that hooks, or others, make opaque
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
-        if m in self.layers or self.layers.isdisjoint(m.modules()):
+        held = self.layers.intersection(m.modules())
+        if m in held or not held:
             return True
-        if "forward" in vars(m):
-            raise Unsafe(f"calls {module_qualified_name}, whose forward has been replaced")
-        self.inlined[m] = module_qualified_name
+        if has_hooks(m) or "forward" in vars(m):
+            what = "has hooks" if has_hooks(m) else "has a forward that has been replaced"
+            self.hidden |= dict.fromkeys(held, f"{module_qualified_name} {what}")
+            return True
+        self.inlined.append(m)
         return False
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return InPlaceProxy(node, self)
 
 
 def traces(module: Module, layers: Iterable[Any]) -> Iterator[tuple[torch.fx.Graph, Tracer]]:
@@ -177,7 +199,8 @@ class Folds:
             last, after = self.following(add, identities)
             activation = self.activation(after, last)
         if activation is None:
-            raise Unsafe(f"{'an add and ' if add else ''}{self.describe(after)} follows it")
+            what = "no activation" if after.op == "output" else self.describe(after)
+            raise Unsafe(f"{what} follows {'it' if add is None else 'the add after it'}")
         if add is not None:
             self.adds.add(add)
         module = str(after.target) if after.op == "call_module" else None
@@ -234,7 +257,14 @@ class Folds:
         if in_place and position == 0 and not self.is_fresh(other):
             raise Unsafe("an add in place of another tensor follows it")
         between = itertools.takewhile(lambda node: node is not add, _after(start))
-        others = [node for node in between if type(self.called(node)) is not torch.nn.Identity]
+        others = [
+            node
+            for node in between
+            if node.op != "get_attr" and type(self.called(node)) is not torch.nn.Identity
+        ]
+        modules = [called for node in others if (called := self.called(node)) is not None]
+        if any(isinstance(inner, _BatchNorm) for module in modules for inner in module.modules()):
+            raise Unsafe("another layer runs before the add that follows it")
         if others and not self.is_fresh(start.args[0]):
             raise Unsafe("its input might change before the add that follows it")
         return position

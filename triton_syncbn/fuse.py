@@ -72,7 +72,9 @@ def fuse_layers(model: Module, sync_class: type[Any]) -> None:
             layers[layer] = ""
     for module in reversed(names):  # what a module holds comes before it
         held = [layer for layer in module.modules() if layers.get(layer) == ""]
-        if held and module not in layers and type(module).forward is not Module.forward:
+        if "fused_forward" in vars(module):
+            layers.update((layer, layer.fusion) for layer in held)
+        elif held and module not in layers and type(module).forward is not Module.forward:
             layers.update(_fold_in(module, held, times, names))
     for layer, fusion in layers.items():
         layer.__dict__["fusion"] = fusion or f"{NOT_FUSED}nothing follows it in the model"
@@ -138,13 +140,9 @@ def _fold_in(
             raise Unsafe("does not do the same in training and in evaluation")
     except Exception as error:  # a forward may raise anything when it is traced
         return dict.fromkeys(layers, f"{NOT_FUSED}{place} {_explain(error)}")
-    outcome = {layer: f"{NOT_FUSED}{fault} in {place}" for layer, fault in folds.faults.items()}
+    faults = tracers[0].hidden | folds.faults
+    outcome = {layer: f"{NOT_FUSED}{fault} in {place}" for layer, fault in faults.items()}
     fused = {fold: module.get_submodule(fold.layer) for fold in folds.found}
-    hooked = [name for inner, name in tracers[0].inlined.items() if has_hooks(inner)]
-    if hooked:
-        return outcome | dict.fromkeys(
-            fused.values(), f"{NOT_FUSED}{place} calls {hooked[0]}, which has hooks"
-        )
     passing = folds.passing(times)
     exchanged = {fold: nodes for fold, nodes in folds.found.items() if fold not in passing}
     if exchanged:
@@ -171,9 +169,7 @@ def _explain(error: Exception) -> str:
     return f"cannot be traced: {str(error).partition(chr(10))[0]}"
 
 
-def _fold_own_activation(
-    layer: Any, sync_class: Any, times: dict[Module, int], name: str
-) -> str:
+def _fold_own_activation(layer: Any, sync_class: Any, times: dict[Module, int], name: str) -> str:
     """Fold the activation that a subclass of a batch norm layer holds and calls itself."""
     original: Any = type(layer)
     layer.__class__ = _probe_class(original, sync_class)
@@ -185,8 +181,10 @@ def _fold_own_activation(
                 raise Unsafe("does not normalize once")
             folds = Folds(graph, layer, ())
             folds.find(nodes[0])
+            if not folds.found:
+                raise Unsafe("calls no activation")
             if len(folds.passing(times)) != 1:
-                raise Unsafe("has no activation that is a module")
+                raise Unsafe("has no module of its own for the activation")
             found += folds.found
         if len(set(found)) != 1:
             raise Unsafe("does not do the same in training and in evaluation")
@@ -247,6 +245,8 @@ def _rewrite(
     reducing = (module_class.__reduce_ex__, module_class.__reduce__)
     if reducing != (object.__reduce_ex__, object.__reduce__):
         raise Unsafe("belongs to a class that is pickled in its own way")
+    if module_class.forward is torch.nn.Sequential.forward:
+        raise Unsafe("is that of a Sequential, of which parts may be taken")
     forwards = [module, *tracer.inlined]
     settings = [
         (inner, name, value)
