@@ -353,7 +353,7 @@ def test_transformers_resnet():
         embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], return_dict=False
     )
     network = transformers.ResNetForImageClassification(config)
-    check_network(network, 12)
+    check_network(network, 13)
 
 
 def check_network(network, count):
