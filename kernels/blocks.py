@@ -28,6 +28,9 @@ class Block(NamedTuple):
     gates_of_byte: int  # 0: there are no gates; 1 or 8
 
 
+BATCH_NORM_ALONE = Block(None, None, 0.0, False, False, 0)
+
+
 def block_of(
     activation: str | None,
     slope: float,
@@ -36,6 +39,8 @@ def block_of(
     gates: torch.Tensor | None,
 ) -> Block:
     """The block of an activation and these tensors; how many gates a byte has is seen."""
+    if activation is None and residual is None:
+        return BATCH_NORM_ALONE
     gates_of_byte = 0
     if gates is not None:
         gates_of_byte = 1 if gates.numel() == input.numel() else 8

@@ -1,4 +1,5 @@
-"""grad_input: reads dy and x once, writes dx once.
+"""grad_input: reads dy and x once, writes dx once; in a block, see blocks.py, it reads the gates or
+the residual, too, and writes the gradient of the residual.
 
 dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch
 (Ioffe and Szegedy 2015, "Batch Normalization", section 3, with the sums of their chain rule
@@ -65,7 +66,7 @@ def grad_input_kernel(
     channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
     if not TILING.channels_last:  # the one block is on its way while coefficients are computed
         tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
-        exists = walk.begin < walk.end
+        exists = tl.arange(0, 1)[None, :] < walk.end  # a flat block is one or none
         mask = tile.mask & exists
         grad = load_for_the_last_time(grad_output, tile.offsets, mask)
         value = load_for_the_last_time(input, tile.offsets, mask)
@@ -133,8 +134,9 @@ def grad_input(
     """Gradient of the input, like the input (N, C, *spatial); grad_output lies in memory as the
     input does.
 
-    moments: float64 [2C + 1] and grad_moments: float64 [2C], both of the global batch. weight: [C]
-    or None.
+    moments: float64 [2C + 1] and grad_moments: float64 [2C], both of the global batch; or both None
+    where the running statistics were used. weight: [C] or None. bias, residual and gates are needed
+    for an activation; the gradient before it is written to grad_residual, if that is given.
     """
     shape = geometry(input)
     wide = residual is not None or gates is not None

@@ -1,5 +1,6 @@
 """grad_moments: reads dy and x once; writes sum(dy), sum(dy * xhat) of each channel, float64 [2C],
-and dweight, dbias.
+and dweight, dbias. In a block, see blocks.py, dy is taken before the activation, for which the
+gates or the residual are read once.
 
 The sums are those of this rank alone: all-reduced they give the two means in the gradient of the
 input, and as they are they are the gradients of bias and weight.
@@ -110,7 +111,7 @@ def grad_moments_kernel(
         channel,
         sizes,
     )
-    mask = channel.mask & holds_totals
+    mask = tl.where(holds_totals, channel.mask, False)
     tl.store(grad_moments + channel.index, grad_sum, mask=mask)
     tl.store(grad_moments + channels + channel.index, product_sum, mask=mask)
     if grad_bias is not None:
@@ -142,7 +143,9 @@ def grad_moments(
     """Sums over the gradient of (N, C, *spatial), which lies in memory as the input does; N may be
     0.
 
-    moments: float64 [2C + 1], of the global batch. Returns float64 [2C], sum(dy) of each channel
+    moments: float64 [2C + 1], of the global batch; or None where the running statistics were used.
+    weight, bias, residual and gates are needed for an activation, whose gradient is taken first.
+    Returns float64 [2C], sum(dy) of each channel
     and sum(dy * xhat) of each channel; the gradient of weight, [C] of weight_dtype; that of bias,
     [C] of bias_dtype. A gradient whose dtype is None is not made: its tensor is empty.
     """

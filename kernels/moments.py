@@ -73,14 +73,14 @@ def moments_kernel(
         channel,
         sizes,
     )
-    mask = channel.mask & holds_totals
+    mask = tl.where(holds_totals, channel.mask, False)
     tl.store(moments + channel.index, total, mask=mask)
     tl.store(moments + channels + channel.index, total_of_squares, mask=mask)
     zero = tl.arange(0, 1)
     tl.store(
         moments + 2 * channels + zero,
         ((zero.to(tl.int64) + rows) * columns).to(tl.float64),
-        mask=holds_totals & (part.block == 0),
+        mask=tl.where(holds_totals, zero == part.block, False),
     )
 
 

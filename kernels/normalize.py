@@ -1,9 +1,9 @@
 """normalize: reads x once, writes y once; one more program updates the running statistics and the
-batch counter.
+batch counter. A residual is read once; gates are written once.
 
-y = (x - mean) * rstd * weight + bias, with mean and rstd from the all-reduced moments. The mean is
-kept as two float32 numbers, so that x - mean is exact to the last digit of float32 wherever the
-mean lies.
+y = activation((x - mean) * rstd * weight + bias + residual), with mean and rstd from the
+all-reduced moments, or from the running statistics where there are none. The mean is kept as two
+float32 numbers, so that x - mean is exact to the last digit of float32 wherever the mean lies.
 
 The blocks are walked from the end of the tensor: what the moments kernel read last is still in the
 cache.
@@ -120,7 +120,8 @@ def normalize_kernel(
         channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
         if not TILING.channels_last:  # the one block is on its way while coefficients are computed
             tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
-            mask = tile.mask & (walk.begin < walk.end)
+            exists = tl.arange(0, 1)[None, :] < walk.end  # a flat block is one or none
+            mask = tile.mask & exists
             value = load_for_the_last_time(input, tile.offsets, mask)
             added = load_residual(residual, tile, mask, BLOCK)
         mean, variance, _count = statistics_of_layer(
@@ -167,10 +168,13 @@ def normalize(
 ) -> torch.Tensor:
     """Normalize (N, C, *spatial), dense in either layout; N may be 0.
 
-    moments: float64 [2C + 1], of the global batch. weight, bias, running_mean, running_var: [C] of
+    moments: float64 [2C + 1], of the global batch; or None, to normalize with the running
+    statistics, which stay. weight, bias, running_mean, running_var: [C] of
     any floating dtype, or None. num_batches_tracked: one number of any dtype, or None; needed if
     momentum is None. The running statistics and the counter are updated in place unless the global
-    batch is empty. Returns y, like the input.
+    batch is empty. residual: like the input, or None. gates: uint8, written for an activation whose
+    derivative has two values (see blocks.py), or None. activation: a name of activations.py, or
+    None. Returns y, like the input.
     """
     shape = geometry(input)
     wide = residual is not None or gates is not None

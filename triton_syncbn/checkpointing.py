@@ -56,7 +56,8 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     A layer in `block` then keeps the sums over all ranks from its forward, 2C + 1 float64 numbers,
     for the forward that is computed again in backward, which sends nothing. Without it the second
     forward sends what the first one did. Either way the result is the same, to the last bit, and
-    running statistics move once.
+    running statistics move once. In a graph that torch.compile makes of the whole, the sums are
+    kept as well; a compiled graph inside of `block` is not looked into, and sends again.
 
     Raises RuntimeError in backward where the layers of the block come in another order the second
     time.

@@ -163,5 +163,5 @@ def _before_activation(
 
 
 def _shapes(input: Tensor) -> tuple[list[int], tuple[int, ...]]:
-    """All dimensions but that of the channels, and the shape that spreads one value a channel."""
+    """All dimensions but that of the channels, and the shape that spreads one value per channel."""
     return [0, *range(2, input.dim())], (-1, *[1] * (input.dim() - 2))

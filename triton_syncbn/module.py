@@ -219,6 +219,11 @@ class SyncBN(_BatchNorm):
         duplicate.__dict__ = copy.deepcopy(self.__dict__, memo)
         return duplicate
 
+    def __copy__(self) -> "SyncBN":
+        duplicate = self.__class__.__new__(self.__class__)
+        duplicate.__dict__.update(self.__dict__)  # the group, too, which __getstate__ leaves out
+        return duplicate
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process_group": None}  # a group cannot be pickled
 

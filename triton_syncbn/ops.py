@@ -7,7 +7,6 @@ input does if that is dense in either layout (channels first or channels last), 
 """
 
 import functools
-import importlib
 import math
 import os
 import warnings
@@ -71,8 +70,9 @@ def _step(name: str, device_type: str) -> Callable[..., Any]:
         device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     ):
         try:
-            module = importlib.import_module(f"triton_syncbn.kernels.{name}")
-            return getattr(module, name)
+            from .kernels import launchers
+
+            return getattr(launchers, name)
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise

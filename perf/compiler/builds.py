@@ -12,12 +12,13 @@ from unittest import mock
 import torch
 from layers.cases import DTYPES, LAYOUTS, Case, read_cases, suites
 from triton_syncbn.kernels.indexing import geometry
-from triton_syncbn.kernels.launch_config import default_config
+from triton_syncbn.kernels.launch_config import default_config, fit_splits, half_tile
 
 from compiler.binaries import Resources, resources_of
 from compiler.compiling import Flags, compile_kernel, operands_without_memory
 from compiler.ptx import access_widths
 from compiler.targets import ARCHITECTURES
+from triton_syncbn.activations import ACTIVATIONS
 
 # The maps of each kernel, which are what its time goes into.
 MAPS = {
@@ -35,6 +36,10 @@ FLAGS = [
     Flags(counter=False),
     Flags(momentum=None),
     *(Flags(dtype, dtype, dtype) for dtype in (torch.bfloat16, torch.float64)),
+]
+BLOCKS = [
+    *(Flags(activation=activation) for activation in ACTIVATIONS),
+    *(Flags(activation=activation, residual=True) for activation in (None, *ACTIVATIONS)),
 ]
 # One map of each kind: rows of whole vectors, odd rows, rows that share a block, channels alone,
 # a single program, and one whose offsets do not fit 32 bits.
@@ -78,17 +83,29 @@ def launches_of_kinds(dtype: str, kinds: list[tuple[int, ...]] = KINDS) -> list[
 
 def few_launches() -> list[Launch]:
     """What stands for all in the tests."""
-    return launches_of_kinds("bf16", KINDS[:4]) + launches_of_kinds("fp32", KINDS[1:2])
+    blocks = [Flags(activation="relu", residual=True), Flags(activation="silu")]
+    return [
+        *launches_of_kinds("bf16", KINDS[:4]),
+        *launches_of_kinds("fp32", KINDS[1:2]),
+        *(
+            launch._replace(flags=flags)
+            for launch, flags in itertools.product(launches_of_kinds("bf16", KINDS[:3:2]), blocks)
+        ),
+    ]
 
 
 def all_launches(dtype: str) -> list[Launch]:
-    """The layers of shapes.csv, every kind of map, and two of them with all flags."""
+    """The layers of shapes.csv; every kind of map; some with all flags, and in every block."""
     return [
         *map(Launch, read_cases(suites(), [dtype], list(LAYOUTS))),
         *launches_of_kinds(dtype),
         *(
             launch._replace(flags=flags)
             for launch, flags in itertools.product(launches_of_kinds(dtype, KINDS[:2]), FLAGS)
+        ),
+        *(
+            launch._replace(flags=flags)
+            for launch, flags in itertools.product(launches_of_kinds(dtype, KINDS[:3:2]), BLOCKS)
         ),
     ]
 
@@ -105,6 +122,8 @@ def build_all(name: str, launches: list[Launch]) -> list[Build]:
         operands = operands_without_memory(input, flags)
         for kernel_name, maps in MAPS.items():
             config = default_config(kernel_name, shape, architecture.multiprocessors)
+            if flags.residual and kernel_name != "moments":
+                config = fit_splits(kernel_name, shape, half_tile(shape, config))
             kernel = compile_kernel(kernel_name, operands, config, architecture.target)
             if kernel.hash in builds:
                 continue
@@ -113,7 +132,8 @@ def build_all(name: str, launches: list[Launch]) -> list[Build]:
                 kinds = kernel.src.signature.items()
                 parameters = [parameter for parameter, kind in kinds if kind != "constexpr"]
                 bits = access_widths(kernel.asm["ptx"], parameters)
-                widths = {tensor: sorted(bits[tensor]) for tensor in maps}
+                beside = [name for name in ("residual", "grad_residual") if bits.get(name)]
+                widths = {tensor: sorted(bits[tensor]) for tensor in (*maps, *beside)}
             threads = config.num_warps * architecture.target.warp_size
             builds[kernel.hash] = Build(
                 kernel_name,

@@ -16,6 +16,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton_syncbn.kernels.launch_config import LaunchConfig
 
+from triton_syncbn.activations import ACTIVATIONS
+from triton_syncbn.ops import new_gates
+
 
 class NoGPU:
     """A driver for Triton that names the target; the compiler asks for nothing else."""
@@ -44,6 +47,8 @@ class Flags(NamedTuple):
     running: torch.dtype | None = torch.float32
     counter: bool = True
     momentum: float | None = 0.1
+    activation: str | None = None
+    residual: bool = False
 
 
 def operands_without_memory(input: Tensor, flags: Flags) -> Operands:
@@ -53,6 +58,7 @@ def operands_without_memory(input: Tensor, flags: Flags) -> Operands:
     def vector(dtype: torch.dtype | None, size: int = channels) -> Tensor | None:
         return None if dtype is None else torch.empty(size, dtype=dtype, device="meta")
 
+    gated = flags.activation is not None and ACTIVATIONS[flags.activation].gated
     return Operands(
         input,
         input,
@@ -64,6 +70,10 @@ def operands_without_memory(input: Tensor, flags: Flags) -> Operands:
         vector(flags.running),
         torch.empty((), dtype=torch.int64, device="meta") if flags.counter else None,
         flags.momentum,
+        activation=flags.activation,
+        residual=input if flags.residual else None,
+        gates=new_gates(input) if flags.residual and gated else None,
+        grad_residual=input if flags.residual else None,
     )
 
 

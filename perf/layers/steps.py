@@ -25,13 +25,31 @@ class Operands(NamedTuple):
     num_batches_tracked: Tensor | None = None
     momentum: float | None = 0.1
     eps: float = 1e-5
+    activation: str | None = None
+    residual: Tensor | None = None
+    gates: Tensor | None = None
+    grad_residual: Tensor | None = None
+
+    def block(self) -> dict[str, Any]:
+        """What a step is given of the block that a layer is in: nothing for a layer alone."""
+        if self.activation is None and self.residual is None:
+            return {}
+        return {"activation": self.activation, "residual": self.residual, "gates": self.gates}
+
+    def block_in_backward(self) -> dict[str, Any]:
+        """The same in backward, where gates stand for the residual, and z is computed again."""
+        if self.activation is None:
+            return {}
+        block = {**self.block(), "bias": self.bias}
+        return {**block, "residual": None} if self.gates is not None else block
 
 
 def step_of(name: str, implementation: str) -> Callable[..., Any]:
     """The function of a step: the launcher of its kernel for "kernels", or that of "reference"."""
     if implementation == "reference":
         return getattr(reference, name)
-    return getattr(importlib.import_module(f"triton_syncbn.kernels.{name}"), name)
+    launchers = importlib.import_module("triton_syncbn.kernels.launchers")  # needs Triton
+    return getattr(launchers, name)
 
 
 def run_step(name: str, of: Operands, implementation: str = "kernels", **config: Any) -> Tensor:
@@ -50,9 +68,19 @@ def run_step(name: str, of: Operands, implementation: str = "kernels", **config:
             num_batches_tracked=of.num_batches_tracked,
             momentum=of.momentum,
             eps=of.eps,
+            **of.block(),
             **config,
         )
+    block = of.block_in_backward()
     if name == "grad_moments":
         dtypes = [None if tensor is None else tensor.dtype for tensor in (of.weight, of.bias)]
-        return step(of.grad_output, of.input, of.moments, *dtypes, of.eps, **config)[0]
-    return step(of.grad_output, of.input, of.moments, of.grad_moments, of.weight, of.eps, **config)
+        if block:
+            block["weight"] = of.weight
+        return step(of.grad_output, of.input, of.moments, *dtypes, of.eps, **block, **config)[0]
+    if block:
+        block["grad_residual"] = of.grad_residual
+    return step(
+        *(of.grad_output, of.input, of.moments, of.grad_moments, of.weight, of.eps),
+        **block,
+        **config,
+    )

@@ -146,7 +146,7 @@ def scale_text(frame: pd.DataFrame) -> str:
     else:
         computed = (
             "gather_merge is torch.batch_norm_gather_stats_with_counts alone, all_reduce_finish "
-            "is normalize on one value a channel"
+            "is normalize on one value per channel"
         )
     return (
         f"{rows}\n"

@@ -109,7 +109,7 @@ def faults(example: Example, ours: Result) -> list[str]:
         return ["an empty batch left a trace"] if moved else []
     exact = exact_result(example)
     scale = scale_of(example, exact)
-    single = example.input.numel() == example.input.shape[1]  # torch refuses one value a channel
+    single = example.input.numel() == example.input.shape[1]  # torch refuses one value per channel
     theirs = None if single or example.input.dtype != torch.float32 else train_torch(example)
     found = []
     names = COMPARED if example.input.dtype == torch.float32 else COMPARED[2:]

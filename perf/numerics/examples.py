@@ -68,7 +68,7 @@ def drawn_example(seed: int, most_ranks: int = 5, most_elements: int = 4000) -> 
     while sum(sizes) > room:
         sizes = [size // 2 for size in sizes]
     if most_ranks == 1 and sizes[0] * positions == 1:
-        sizes = [2]  # a process that is alone must have more than one value a channel
+        sizes = [2]  # a process that is alone must have more than one value per channel
     data: dict[str, Any] = draw.choice(
         [
             {},

@@ -120,10 +120,10 @@ def measure(name, shape, layout, dtype, config_name) -> Traffic:
     loads = {label: meter.counts("load", tensor) for label, tensor in maps.items()}
     stores = meter.counts("store", output if name in WRITERS else x.new_empty(0))
     if name in REDUCTIONS:
-        programs = launch_config.reduction_blocks(seen, config) * config.programs
+        programs = launch_config.reduction_blocks(seen, config) * config.splits
         channels_of_program = 1
     else:
-        programs = launch_config.output_grid(seen, config)[0]
+        programs = launch_config.writer_programs(seen, config)[0]
         # the rows that a block of elements can touch, rounded up to a power of two
         channels_of_program = 2 * (config.block_columns // seen.columns + 2)
     if seen.channels_last:

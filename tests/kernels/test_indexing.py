@@ -1,6 +1,7 @@
 """Offsets and channels where a tensor has more than 2**31 elements, computed without its memory."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -102,6 +103,20 @@ def test_a_tile_past_the_end_holds_nothing_in_32_bits(layout, device):
     tiling = indexing.Tiling(last, 1, False, tile_rows, 1, 1, tl.int32, tl.float32)
     reduction_tile[(1,)](offsets, valid, tile, 0, rows, 1, 1, tiling)
     assert not valid.any()
+
+
+@triton.jit
+def sum_kernel(target, number):
+    tl.store(target, number + number)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_a_number_that_does_not_fit_32_bits_is_an_error_in_these_tests():
+    target = torch.zeros(1, dtype=torch.int32)
+    sum_kernel[(1,)](target, 2**30 - 1)
+    assert target.item() == 2**31 - 2
+    with pytest.raises(Exception, match="int32 overflow"):
+        sum_kernel[(1,)](target, 2**30)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)

@@ -203,6 +203,41 @@ def test_what_a_block_keeps_for_backward(activation, residual, maps):
 
 
 @pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
+def test_a_block_keeps_no_more_than_torch_in_place(activation, residual):
+    """Torch keeps x and what an activation in place or a sum leaves: of ReLU y, of SiLU z."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    totals = []
+    for fused in (True, False):
+        kept.clear()
+        x, _, extra = make_tensors(torch.bfloat16, "channels_first", residual)
+        x.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if fused:
+                output = make_layer(activation)(x, extra)
+            else:
+                z = make_layer(None)(x)
+                z = z if extra is None else z.add_(extra)
+                if activation in ("relu", "relu6", "leaky_relu", "elu", "silu", "hardswish"):
+                    slope = (SLOPE,) if activation == "leaky_relu" else ()
+                    output = getattr(F, activation)(z, *slope, inplace=True)
+                else:
+                    output = blocks.ACTIVATIONS[activation](z)
+        totals.append(sum(kept.values()))
+        del output
+    small = 2 * 8 * SHAPE[1]  # the bias
+    assert totals[0] <= totals[1] + small
+    if residual and activation in ("relu", "relu6", "leaky_relu"):
+        assert totals[0] < 0.6 * totals[1]
+
+
+@pytest.mark.usefixtures("plain_torch")
 def test_a_frozen_layer_can_be_thawed_copied_and_printed():
     layer = make_layer("relu").freeze()
     assert "activation=relu, frozen" in repr(layer)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -195,6 +196,8 @@ def test_process_groups(reference_ranks):
 
 def converted_copy_and_pickle(rank, world_size):
     model = convert_sync_batchnorm(Model())
+    model.first.process_group = dist.group.WORLD
+    assert copy.copy(model.first).process_group is dist.group.WORLD
     duplicate = copy.deepcopy(model)
     assert type(revert_sync_batchnorm(duplicate).first) is torch.nn.BatchNorm1d
     assert isinstance(model.first, SyncBN)

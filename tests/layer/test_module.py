@@ -109,7 +109,7 @@ def test_num_features_is_checked():
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)], ids=str)
 def test_one_value_a_channel_in_one_process_is_an_error(shape):
-    with pytest.raises(ValueError, match="input: expected more than one value a channel"):
+    with pytest.raises(ValueError, match="input: expected more than one value per channel"):
         SyncBN(3)(torch.randn(shape))
     assert SyncBN(3).eval()(torch.randn(shape)).shape == shape
 

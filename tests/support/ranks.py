@@ -146,30 +146,11 @@ def counted_communication() -> Iterator[list[tuple[str, tuple[int, ...], torch.d
     is seen however it is reached, short of the C++ methods of a process group.
     """
     names = [
-        "all_gather",
-        "all_gather_coalesced",
-        "all_gather_into_tensor",
-        "all_gather_object",
-        "all_reduce",
-        "all_reduce_coalesced",
-        "all_to_all",
-        "all_to_all_single",
-        "barrier",
-        "batch_isend_irecv",
-        "broadcast",
-        "broadcast_object_list",
-        "gather",
-        "gather_object",
-        "irecv",
-        "isend",
-        "monitored_barrier",
-        "recv",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "scatter",
-        "scatter_object_list",
-        "send",
+        *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object"),
+        *("all_reduce", "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier"),
+        *("batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "gather_object"),
+        *("irecv", "isend", "monitored_barrier", "recv", "reduce", "reduce_scatter"),
+        *("reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
     ]
     seen: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     originals = {name: getattr(dist, name) for name in names}
