@@ -84,11 +84,22 @@ def revert_layers(module: torch.nn.Module, sync_class: type[Any]) -> torch.nn.Mo
     }
     for name, layer in layers.items():
         _check_exchangeable(name, layer)
+        if layer.frozen_statistics:
+            raise ValueError(
+                f"module: expected layers that are not frozen, got {name!r}; unfreeze it first"
+            )
+        if layer.fused_activation is not None and layer.fused_as is None:
+            raise ValueError(
+                "module: expected layers without an activation of their own, got "
+                f"{name!r} that was made with {layer.fused_activation}"
+            )
     if any(layer.fusion for layer in layers.values()):
         unfuse_layers(module, sync_class)
     for layer in layers.values():
         original = layer.__dict__.pop("converted_from", BatchNorm)
         del layer.layer_name
+        for setting in ("frozen_statistics", "fused_activation", "fused_slope"):
+            layer.__dict__.pop(setting, None)
         if not issubclass(original, torch.nn.SyncBatchNorm):
             del layer.process_group
         if original is not BatchNorm:

@@ -16,7 +16,7 @@ import functools
 import importlib
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from .followers import Fold, Folds, Nodes, Tracer, has_hooks, traces
 from .method_reader import Unsafe
 
 NOT_FUSED = "not fused: "
+DEPENDS = "depends on the mode, or on an optional argument"
 logger = logging.getLogger("triton_syncbn")
 
 
@@ -137,7 +138,7 @@ def _fold_in(
         graphs, tracers = zip(*traces(module, layers), strict=True)
         folds, *others = (Folds(graph, module, layers) for graph in graphs)
         if any(other.found.keys() != folds.found.keys() for other in others):
-            raise Unsafe("does not do the same in training and in evaluation")
+            raise Unsafe(DEPENDS)
     except Exception as error:  # a forward may raise anything when it is traced
         return dict.fromkeys(layers, f"{NOT_FUSED}{place} {_explain(error)}")
     faults = tracers[0].hidden | folds.faults
@@ -147,10 +148,8 @@ def _fold_in(
     exchanged = {fold: nodes for fold, nodes in folds.found.items() if fold not in passing}
     if exchanged:
         try:
-            if len({graph.python_code("self").src for graph in graphs}) > 1:
-                raise Unsafe("does not do the same in training and in evaluation")
             exchanged_layers = [names[fused[fold]] for fold in exchanged]
-            _rewrite(module, graphs[0], tracers[0], exchanged, exchanged_layers)
+            _rewrite(module, graphs, tracers[0], exchanged, exchanged_layers)
         except Unsafe as unsafe:
             for fold in exchanged:
                 outcome[fused.pop(fold)] = f"{NOT_FUSED}{place} {unsafe}"
@@ -187,7 +186,7 @@ def _fold_own_activation(layer: Any, sync_class: Any, times: dict[Module, int], 
                 raise Unsafe("has no module of its own for the activation")
             found += folds.found
         if len(set(found)) != 1:
-            raise Unsafe("does not do the same in training and in evaluation")
+            raise Unsafe(DEPENDS)
     except Exception as error:  # a forward may raise anything when it is traced
         return f"{NOT_FUSED}the forward of {original.__name__} {_explain(error)}"
     finally:
@@ -233,13 +232,13 @@ def _pass_through(activation: Any, layer_names: list[str]) -> None:
 
 def _rewrite(
     module: Any,
-    graph: torch.fx.Graph,
+    graphs: Sequence[torch.fx.Graph],
     tracer: Tracer,
     folds: dict[Fold, Nodes],
     layer_names: list[str],
 ) -> None:
-    """Make a graph without these folds the forward of a module. Raises Unsafe, and then has done
-    nothing.
+    """Make the first graph, without these folds, the forward of a module. Raises Unsafe, and then
+    has done nothing.
     """
     module_class: Any = type(module)
     reducing = (module_class.__reduce_ex__, module_class.__reduce__)
@@ -253,6 +252,9 @@ def _rewrite(
         for inner in forwards
         for name, value in plain_forward.settings(inner).items()
     ]
+    graph = graphs[0]
+    if len({other.python_code("self").src for other in graphs}) > 1:
+        raise Unsafe(DEPENDS)
     passed_over = [*tracer.inlined]
     for fold, nodes in folds.items():
         passed_over += [module.get_submodule(str(node.target)) for node in nodes.identities]

@@ -279,7 +279,8 @@ class SyncBN(_BatchNorm):
         normalization of each process alone. Returns the module itself.
 
         Raises:
-            ValueError: a layer is parametrized, or wrapped by `fully_shard`, or fused with a module
-                that this one does not hold. No layer has changed then.
+            ValueError: a layer is parametrized, wrapped by `fully_shard`, frozen, or made with an
+                activation; or it is fused with a module that this one does not hold. No layer has
+                changed then.
         """
         return convert.revert_layers(module, cls)

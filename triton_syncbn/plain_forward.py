@@ -8,6 +8,7 @@ where its source shows that there is nothing of that.
 import ast
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,11 +55,14 @@ def settings(module: torch.nn.Module) -> dict[str, Any]:
                 _check_condition(node, layer)
             elif isinstance(node, ast.Call):
                 _check_call(node, module, forward, layer)
-        for attribute in _attributes(statement, layer):
+        known = {id(node) for node in _calls_and_conditions(statement)}
+        for node, attribute in _attributes(statement, layer).items():
             value = _follow(module, attribute)
             name = attribute[0]
+            if isinstance(value, torch.nn.Module) and id(node) not in known:
+                raise Unsafe(f"does more with {'.'.join(attribute)} than to call it")
             if isinstance(value, torch.nn.Module | torch.Tensor) or name == "training":
-                continue  # a call by name; a trace in each mode
+                continue  # the graph names them; it is traced in each mode
             if len(attribute) > 1 or not isinstance(value, _VALUES):
                 raise Unsafe(f"uses {'.'.join(attribute)}")
             found[name] = value
@@ -99,9 +103,18 @@ def _follow(start: Any, path: tuple[str, ...]) -> Any:
         raise Unsafe(f"uses {'.'.join(path)}, which it has not") from error
 
 
-def _attributes(statement: ast.AST, layer: str) -> set[tuple[str, ...]]:
-    """The paths, such as ("bn1",) or ("block", "conv"), by which a statement reads its module."""
-    paths = set()
+def _calls_and_conditions(statement: ast.AST) -> Iterator[ast.AST]:
+    """The nodes by which a statement calls something, or decides."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Call):
+            yield node.func
+        elif isinstance(node, ast.If | ast.IfExp):
+            yield from ast.walk(node.test)
+
+
+def _attributes(statement: ast.AST, layer: str) -> dict[ast.AST, tuple[str, ...]]:
+    """Where a statement reads its module, and the paths, such as ("block", "conv")."""
+    paths = {}
     inner = set()
     for node in ast.walk(statement):
         path = _path(node)
@@ -109,7 +122,7 @@ def _attributes(statement: ast.AST, layer: str) -> set[tuple[str, ...]]:
             continue
         if len(path) == 1 or not isinstance(getattr(node, "ctx", None), ast.Load):
             raise Unsafe("passes its module on, or changes it")
-        paths.add(path[1:])
+        paths[node] = path[1:]
         while isinstance(node, ast.Attribute):
             node = node.value
             inner.add(id(node))

@@ -375,6 +375,43 @@ class UnderAContext(Residual):
             return F.relu(self.bn(self.conv(x)))
 
 
+@left_alone("does more with conv than to call it")
+class TakesAModule(Residual):
+    def forward(self, x):
+        conv = self.conv
+        y = conv.forward(x)
+        return F.relu(self.bn(y))
+
+
+@left_alone("calls self.half_of")
+class CallsAMethod(Residual):
+    def half_of(self, x):
+        return 0.5 * x
+
+    def forward(self, x):
+        return F.relu(self.bn(self.half_of(x)))
+
+
+@left_alone("has optional arguments")
+class OptionalArgumentUsed(Residual):
+    def forward(self, x, skip=None):
+        return F.relu(self.bn(self.conv(x)))
+
+
+@left_alone("has a Subscript")
+class OddAttribute(Residual):
+    weights = (2.0, 3.0)
+
+    def forward(self, x):
+        return F.relu(self.bn(torch.mul(x, self.weights[0])))
+
+
+@left_alone("changes attributes of its module")
+class NewTensor(Residual):
+    def forward(self, x):
+        return F.relu(self.bn(x * torch.ones(1)))
+
+
 @left_alone("calls checkpoint")
 class Checkpointed(Residual):
     def forward(self, x):
@@ -382,14 +419,14 @@ class Checkpointed(Residual):
         return F.relu(self.bn(y))
 
 
-@left_alone("does not do the same in training and in evaluation")
+@left_alone("depends on the mode, or on an optional argument")
 class OtherInTraining(Residual):
     def forward(self, x):
         y = self.bn(self.conv(x))
         return self.act(y) if self.training else y
 
 
-@left_alone("does not do the same in training and in evaluation")
+@left_alone("depends on the mode, or on an optional argument")
 class OtherDropoutInTraining(Residual):
     def forward(self, x):
         return F.relu(self.bn(F.dropout(x, 0.0, self.training)))
@@ -411,7 +448,7 @@ class DecidesByType(Residual):
         return F.relu(self.bn(y))
 
 
-@left_alone("does not do the same in training and in evaluation")
+@left_alone("depends on the mode, or on an optional argument")
 class OptionalArgument(Residual):
     def forward(self, x, skip=None):
         y = self.bn(self.conv(x))
