@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import subclass_forward
+from .fuse import fuse_layers, unfuse_layers
 
 # What a layer says its module is: torch.fx takes layers of torch.nn, and no others, for one node of
 # a graph. It is said by the layer and not by its class, which pickle finds by its module.
@@ -33,7 +34,9 @@ class BatchNorm(_BatchNorm):
             raise ValueError(f"input: expected shape (N, C, *spatial), got {input.shape}")
 
 
-def convert_layers(module: torch.nn.Module, sync_class: Any, process_group: Any) -> torch.nn.Module:
+def convert_layers(
+    module: torch.nn.Module, sync_class: Any, process_group: Any, fuse: bool = False
+) -> torch.nn.Module:
     """Make every batch norm layer of a module a `sync_class`; see SyncBN.convert_sync_batchnorm."""
     _, sync_class = vars(sync_class).get("made_of", (None, sync_class))
     synchronized: dict[str, Any] = {}
@@ -69,6 +72,8 @@ def convert_layers(module: torch.nn.Module, sync_class: Any, process_group: Any)
         layer.__dict__["layer_name"] = name or layer.layer_name
         if process_group is not None:
             layer.__dict__["process_group"] = process_group
+    if fuse:
+        fuse_layers(module, sync_class)
     return module
 
 
@@ -79,9 +84,22 @@ def revert_layers(module: torch.nn.Module, sync_class: type[Any]) -> torch.nn.Mo
     }
     for name, layer in layers.items():
         _check_exchangeable(name, layer)
+        if layer.frozen_statistics:
+            raise ValueError(
+                f"module: expected layers that are not frozen, got {name!r}; unfreeze it first"
+            )
+        if layer.fused_activation is not None and layer.fused_as is None:
+            raise ValueError(
+                "module: expected layers without an activation of their own, got "
+                f"{name!r} that was made with {layer.fused_activation}"
+            )
+    if any(layer.fusion for layer in layers.values()):
+        unfuse_layers(module, sync_class)
     for layer in layers.values():
         original = layer.__dict__.pop("converted_from", BatchNorm)
         del layer.layer_name
+        for setting in ("frozen_statistics", "fused_activation", "fused_slope"):
+            layer.__dict__.pop(setting, None)
         if not issubclass(original, torch.nn.SyncBatchNorm):
             del layer.process_group
         if original is not BatchNorm:

@@ -136,8 +136,11 @@ def sync_batch_norm(
 def _add_and_activate(
     output: Tensor, residual: Tensor | None, activation: str | None, slope: float
 ) -> Tensor:
-    if residual is not None:
-        output = output + residual
+    return activate(output if residual is None else output + residual, activation, slope)
+
+
+def activate(output: Tensor, activation: str | None, slope: float) -> Tensor:
+    """An activation, or none, by operators that torch can differentiate."""
     if activation is None:
         return output
     function = ACTIVATIONS[activation]

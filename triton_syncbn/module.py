@@ -10,9 +10,18 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import convert, groups
-from .functional import sync_batch_norm
+from .functional import activate, sync_batch_norm
 
 _numbers = itertools.count()  # of the layers that are made, so that each has a name
+
+
+def _alike(input: Any, residual: Any) -> bool:
+    return (
+        isinstance(input, Tensor)
+        and isinstance(residual, Tensor)
+        and (input.shape, input.dtype, input.device)
+        == (residual.shape, residual.dtype, residual.device)
+    )
 
 
 class SyncBN(_BatchNorm):
@@ -48,9 +57,13 @@ class SyncBN(_BatchNorm):
 
     process_group: Any
     layer_name: str
-    activation: str | None = None
-    activation_slope: float = 0.01
-    frozen: bool = False
+    # Names that attributes of other batch norm layers, which are converted, are unlikely to have.
+    fused_activation: str | None = None
+    fused_slope: float = 0.01
+    fused_add: Any = None  # what a residual replaces, of a layer that conversion has fused
+    fused_as: str | None = None  # the name under which conversion has fused a layer
+    fusion: str = ""
+    frozen_statistics: bool = False
 
     def __init__(
         self,
@@ -74,8 +87,8 @@ class SyncBN(_BatchNorm):
             self.register_parameter("bias", None)
         self.__module__ = convert.FX_LEAF
         self.process_group = process_group
-        self.activation = activation
-        self.activation_slope = activation_slope
+        self.fused_activation = activation
+        self.fused_slope = activation_slope
         self.layer_name = f"{next(_numbers)} (made as SyncBN({num_features}))"
 
     def reset_parameters(self) -> None:
@@ -96,12 +109,12 @@ class SyncBN(_BatchNorm):
             raise ValueError(
                 "track_running_stats: expected a layer with running statistics to freeze, got none"
             )
-        self.frozen = True
+        self.frozen_statistics = True
         return self
 
     def unfreeze(self) -> "SyncBN":
         """Normalize with the batch in training again. Returns the layer itself."""
-        self.frozen = False
+        self.frozen_statistics = False
         return self
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -115,9 +128,14 @@ class SyncBN(_BatchNorm):
                     f"input: expected {self.num_features} channels (num_features) in dimension 1, "
                     f"got shape {tuple(input.shape)}"
                 )
-        training = self.training and not self.frozen
+        activation = self.fused_activation
+        added_after = None
+        if residual is not None and self.fused_add is not None and not _alike(input, residual):
+            # This add broadcasts or promotes, and is done as it was before it was fused.
+            activation, added_after, residual = None, residual, None
+        training = self.training and not self.frozen_statistics
         track = not training or self.track_running_stats
-        return sync_batch_norm(
+        output = sync_batch_norm(
             input,
             self.running_mean if track else None,
             self.running_var if track else None,
@@ -129,10 +147,15 @@ class SyncBN(_BatchNorm):
             num_batches_tracked=self.num_batches_tracked if track else None,
             process_group=self.process_group,
             residual=residual,
-            activation=self.activation,
-            activation_slope=self.activation_slope,
+            activation=activation,
+            activation_slope=self.fused_slope,
             # a name read in a graph would be compiled into it, and layers could not share the graph
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
+        )
+        if added_after is None:
+            return output
+        return activate(
+            self.fused_add(output, added_after), self.fused_activation, self.fused_slope
         )
 
     def _synchronized_batch_norm(
@@ -149,13 +172,16 @@ class SyncBN(_BatchNorm):
         num_batches_tracked: Tensor | None = None,
     ) -> Tensor:
         """What `F.batch_norm` becomes in the forward of a subclass; see subclass_forward.py."""
-        if self.frozen:
+        if self.frozen_statistics:
             running_mean, running_var, training = self.running_mean, self.running_var, False
         if not (training and self.training):  # nothing is communicated: a rank may do it alone
-            return F.batch_norm(
-                *(input, running_mean, running_var, weight, bias),
-                *(training, momentum or 0.0, eps),
-            )
+            if training or self.fused_activation is None:
+                output = F.batch_norm(
+                    *(input, running_mean, running_var, weight, bias),
+                    *(training, momentum or 0.0, eps),
+                )
+                return activate(output, self.fused_activation, self.fused_slope)
+            training = False
         return sync_batch_norm(
             input,
             running_mean,
@@ -167,6 +193,8 @@ class SyncBN(_BatchNorm):
             eps,
             num_batches_tracked=None if running_mean is None else num_batches_tracked,
             process_group=self.process_group,
+            activation=self.fused_activation,
+            activation_slope=self.fused_slope,
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
 
@@ -176,9 +204,9 @@ class SyncBN(_BatchNorm):
     def extra_repr(self) -> str:
         """Settings of the layer; the ranks of its process group, if it has one of its own."""
         settings = super().extra_repr()
-        if self.activation is not None:
-            settings += f", activation={self.activation}"
-        if self.frozen:
+        if self.fused_activation is not None:
+            settings += f", activation={self.fused_activation}"
+        if self.frozen_statistics:
             settings += ", frozen"
         if self.process_group is None:
             return settings
@@ -201,7 +229,7 @@ class SyncBN(_BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(
-        cls, module: torch.nn.Module, process_group: Any = None
+        cls, module: torch.nn.Module, process_group: Any = None, fuse: bool = False
     ) -> torch.nn.Module:
         """Synchronize every batch norm layer of a model, in place.
 
@@ -217,10 +245,22 @@ class SyncBN(_BatchNorm):
         exchanged if it normalizes by `super().forward` or by `F.batch_norm` on its own running
         statistics; `triton_syncbn.subclass_forward.fault` has the whole rule.
 
+        With `fuse`, a layer takes on the activation that follows it, and the add between them, so
+        that they cost no pass over memory; see the activation and residual of `sync_batch_norm`.
+        That is done where torch.fx shows that nothing else sees what is between them: not where a
+        module in between has hooks, the add is of a view, or a forward decides by its input. What
+        has become of each layer, and why, is in its `fusion`, and logged by the logger
+        "triton_syncbn" at level INFO. Names, parameters and the state_dict stay as they are. An
+        activation that is a module of its own then returns its input; a forward with an add or a
+        function is exchanged for one without, in a class that derives from its own. Should one of
+        the modules that it passes over get a hook, another child or another setting, then its next
+        call gives it back and says so in the log.
+
         Args:
             module: a model, or a layer.
             process_group: the ranks to synchronize; None for the group that a layer has already,
                 else for all ranks.
+            fuse: whether to fuse layers with what follows them. All ranks must agree.
 
         Returns:
             The module itself.
@@ -229,7 +269,7 @@ class SyncBN(_BatchNorm):
             ValueError: a lazy layer has not seen its first input; or a layer is parametrized, or
                 wrapped by `fully_shard` (do these after the conversion). No layer has changed then.
         """
-        return convert.convert_layers(module, cls, process_group)
+        return convert.convert_layers(module, cls, process_group, fuse)
 
     @classmethod
     def revert_sync_batchnorm(cls, module: torch.nn.Module) -> torch.nn.Module:
@@ -239,7 +279,8 @@ class SyncBN(_BatchNorm):
         normalization of each process alone. Returns the module itself.
 
         Raises:
-            ValueError: a layer is parametrized, or wrapped by `fully_shard`. No layer has changed
-                then.
+            ValueError: a layer is parametrized, wrapped by `fully_shard`, frozen, or made with an
+                activation; or it is fused with a module that this one does not hold. No layer has
+                changed then.
         """
         return convert.revert_layers(module, cls)

@@ -122,7 +122,7 @@ def read(function: Any) -> Method:
             raise Unsafe("is wrapped by a decorator")
         if not function.__code__.co_argcount:
             raise Unsafe("has no parameter for its layer")
-        tree, definition = _source(function)
+        tree, definition = source(function)
         reader = Reader(function, definition)
         exchanged = None
         if reader.normalizations:
@@ -171,7 +171,7 @@ class _Replacing(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def _source(function: types.FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
+def source(function: types.FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
     """The file that a function comes from, and its definition there.
 
     Raises Unsafe where it cannot be found, or is not what the function was made from.

@@ -63,6 +63,6 @@ def in_block(layer: torch.nn.Module, block: str) -> torch.nn.Module:
     if block == "none":
         return layer
     if isinstance(layer, SyncBN):
-        layer.activation = "relu"
+        layer.fused_activation = "relu"
         return layer
     return Eager(layer)

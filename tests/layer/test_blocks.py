@@ -259,7 +259,7 @@ def test_a_frozen_layer_can_be_thawed_copied_and_printed():
     layer = make_layer("relu").freeze()
     assert "activation=relu, frozen" in repr(layer)
     again = pickle.loads(pickle.dumps(layer))
-    assert again.frozen and again.activation == "relu"
+    assert again.frozen_statistics and again.fused_activation == "relu"
     x, *_ = make_tensors(torch.float64, "channels_first", False)
     layer.unfreeze()(x)
     assert layer.num_batches_tracked.item() == 1

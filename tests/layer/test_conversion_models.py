@@ -169,10 +169,13 @@ def train_one_step(model, images):
     return logits.detach(), images.grad, gradients, dict(model.named_buffers())
 
 
-def step_of_a_rank(rank, world_size, name):
+def step_of_a_rank(rank, world_size, name, fuse):
     model = make_model(name)
     count, synchronized, _ = synchronized_and_named(model)
     assert count == synchronized > 0
+    if fuse:
+        convert_sync_batchnorm(model, fuse=True)
+        assert any(layer.fusion.startswith("fused") for layer in batch_norms(model))
     return train_one_step(model, make_images().split(SIZES)[rank])
 
 
@@ -182,10 +185,11 @@ def assert_within(actual, expected, what):
     assert error <= 1e-9, f"{what}: {error:.1e}"
 
 
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_compute_what_one_process_does_with_the_whole_batch(name, reference_ranks):
+def test_two_ranks_compute_what_one_process_does_with_the_whole_batch(name, fuse, reference_ranks):
     pytest.importorskip(MODELS[name][0])
-    ranks = reference_ranks.run(step_of_a_rank, len(SIZES), name)
+    ranks = reference_ranks.run(step_of_a_rank, len(SIZES), name, fuse)
     logits, grad_images, gradients, buffers = train_one_step(make_model(name), make_images())
     assert_within(torch.cat([results[0] for results in ranks]), logits, "logits")
     assert_within(torch.cat([results[1] for results in ranks]), grad_images, "gradient of images")
@@ -208,5 +212,8 @@ def test_eval_gives_the_same_bits_before_and_after(name, plain_torch):
         assert torch.equal(logits_of(convert_sync_batchnorm(model), images), before)
         duplicate = copy.deepcopy(model)
         assert torch.equal(logits_of(duplicate, images), before)
+        assert torch.equal(logits_of(revert_sync_batchnorm(model), images), before)
+        convert_sync_batchnorm(model, fuse=True)
+        assert_within(logits_of(model, images), before, "logits of a fused model")
         assert torch.equal(logits_of(revert_sync_batchnorm(model), images), before)
     assert [type(layer) for layer in model.modules()] == classes
