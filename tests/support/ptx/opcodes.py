@@ -275,6 +275,14 @@ def _to_float16(a: Array) -> Array:
     return np.where(np.isnan(a), 0x7FFF, a.astype(np.float16).view(np.uint16)).astype(np.uint16)
 
 
+def _to_integer(a: np.ndarray) -> np.ndarray:
+    """Towards zero; what is too large becomes the nearest 64-bit integer, and NaN 0."""
+    whole = np.trunc(np.where(np.isnan(a), 0.0, a))
+    inside = np.abs(whole) < 2.0**63
+    limits = np.where(whole > 0, np.iinfo(np.int64).max, np.iinfo(np.int64).min)
+    return np.where(inside, np.where(inside, whole, 0.0).astype(np.int64), limits)
+
+
 def _convert(kind: str) -> Callable[[Array], Array]:
     return lambda a: a.astype(TYPES[kind])
 
@@ -285,6 +293,8 @@ for _kind in _INTEGERS:
         define(f"cvt.{_to}.{_kind}", _convert(_to), _kind, to=_to)
     for _to in FLOATS:
         define(f"cvt.rn.{_to}.{_kind}", _convert(_to), _kind, to=_to)
+for _kind in FLOATS:
+    define(f"cvt.rzi.s64.{_kind}", _to_integer, _kind, to="s64")
 define("cvt.f64.f32", _convert("f64"), "f32", to="f64")
 define("cvt.rn.f32.f64", _canonical(_convert("f32")), "f64", to="f32")
 define("cvt.f32.f16", _convert("f32"), "f16", to="f32")
