@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 _SCHEMAS = {
     "moments": "(Tensor input) -> Tensor",
@@ -73,7 +73,7 @@ def _step(name: str, device_type: str) -> Callable[..., Any]:
             warnings.warn(
                 "Triton is not installed: SyncBN runs in plain torch, which is slow", stacklevel=2
             )
-    return getattr(reference, name)
+    return getattr(cpu if device_type == "cpu" else reference, name)
 
 
 _HERE = contextlib.nullcontext()
