@@ -78,12 +78,10 @@ def normalize(
                 running.copy_(torch.lerp(running.double(), batch, momentum))
     if input.numel() == 0:
         return torch.empty_like(input)
-    if input.numel() <= SMALL:
-        result = _batch_norm(input.double(), mean, variance, weight, bias, eps)
-        return torch.empty_like(input).copy_(result)
-    if _is_near(mean, variance):
-        result = _batch_norm(input, mean, variance, weight, bias, eps)
-        if result.stride() == input.stride():  # torch knows channels_last of 4 and 5 dimensions
+    if input.numel() <= SMALL or _is_near(mean, variance):
+        values = input if input.numel() > SMALL else input.double()
+        result = _batch_norm(values, mean, variance, weight, bias, eps)
+        if result.dtype == input.dtype and result.stride() == input.stride():
             return result
         return torch.empty_like(input).copy_(result)
     scale = (variance + eps).rsqrt_()
@@ -143,18 +141,24 @@ def grad_input(
     eps: float,
 ) -> Tensor:
     """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
-    output = torch.empty_like(input)
     if input.numel() == 0:
-        return output
+        return torch.empty_like(input)
     mean, variance, count = _mean_and_variance(moments)
     rstd = (variance + eps).rsqrt_()
     scale = rstd if weight is None else rstd * weight
     sums = grad_moments.view(2, -1)
-    if input.numel() <= SMALL:
+    dtype = _compute_dtype(input)
+    small = input.numel() <= SMALL
+    if small or (input.dtype == dtype and _is_near(mean, variance)):
+        maps = (input.double(), grad_output.double()) if small else (input, grad_output)
         grad_mean, slope = (sums * (scale / -count)).unbind()
-        result = _batch_norm(input.double(), mean, variance, slope, grad_mean, eps)
-        scale = scale.view(-1, *[1] * (input.dim() - 2))
-        return output.copy_(result.addcmul_(grad_output.double(), scale))
+        result = _batch_norm(maps[0], mean, variance, slope, grad_mean, eps)
+        scale = scale.to(result.dtype).view(-1, *[1] * (input.dim() - 2))
+        result.addcmul_(maps[1], scale)
+        if result.dtype == input.dtype and result.stride() == input.stride():
+            return result
+        return torch.empty_like(input).copy_(result)
+    output = torch.empty_like(input)
     grad_mean, product_mean = (sums / count).unbind()
     slope = product_mean * rstd
     high = mean.to(_compute_dtype(input))
@@ -280,7 +284,7 @@ def _batch_norm(
 def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, float]:
     channels = len(moments) // 2
     count = moments[-1].item()
-    mean, mean_of_squares, _ = (moments / max(count, 1.0)).split((channels, channels, 1))
+    mean, mean_of_squares, _ = (moments / max(count, 1.0)).split_with_sizes((channels, channels, 1))
     variance = mean_of_squares - mean * mean
     variance.masked_fill_(variance < mean_of_squares * NOISE_OF_VARIANCE, 0.0)
     return mean, variance, count
