@@ -28,7 +28,7 @@ from hypothesis import strategies
 from torch import Tensor
 
 from tests import interpreter, oracle
-from triton_syncbn import SyncBN, reference
+from triton_syncbn import SyncBN, cpu, reference
 
 MOMENTUM = 0.1
 # Two implementations that are both this good differ in how their last roundings fall: 6e-8 is the
@@ -39,6 +39,7 @@ NOISE = 2e-7
 LARGEST_RATIO = 1.1e4
 ROUNDINGS_OF_MOMENTS = 8  # of float64, in the sums of ranks, the mean, its square and the quotients
 LONGEST_CHAIN_OF_THREAD = 16  # values of a float32 tile of the default config that a thread holds
+PLAIN = {"reference": reference, "cpu": cpu}  # in torch alone
 COMPARED = ("output", "grad_input", "running_mean", "running_var")
 
 
@@ -203,13 +204,13 @@ def sums_as_on_a_gpu() -> Iterator[None]:
 
 @sums_as_on_a_gpu()
 def train_steps(implementation: str, case: Case, copies: float = 1) -> oracle.Result:
-    """The four steps of "kernels" or "reference" for each rank in turn, their sums added up here,
-    and multiplied as if there were so many copies of the batch.
+    """The four steps of "kernels", "reference" or "cpu" for each rank in turn, their sums added up
+    here, and multiplied as if there were so many copies of the batch.
     """
 
     def step(name: str) -> Callable[..., Any]:
-        if implementation == "reference":
-            return getattr(reference, name)
+        if implementation in PLAIN:
+            return getattr(PLAIN[implementation], name)
         return getattr(importlib.import_module(f"triton_syncbn.kernels.{name}"), name)
 
     ranks = parts(case, case.input, case.grad_output)
