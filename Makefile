@@ -1,7 +1,8 @@
 # Everything runs in a virtual environment of the checkout, made on first use from the pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Most of what is installed is never imported: what is, Python compiles when it is.
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 # An interpreter that is there already serves as well: make gpu OUT=folder BIN=/usr/bin
 ENVIRONMENT := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
@@ -54,24 +55,24 @@ tune: $(ENVIRONMENT)
 	$(RUN) perf/tune.py --write $(ARGS)
 
 test: $(ENVIRONMENT)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-gpu: $(ENVIRONMENT)
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 soak: $(ENVIRONMENT)
-	$(RUN) -m pytest tests/test_soak.py --soak-steps 300 $(ARGS)
+	$(RUN) -m pytest tests/layer/test_soak.py --soak-steps 300 $(ARGS)
 
 architectures: $(ENVIRONMENT)
-	$(RUN) tests/architectures.py $(ARGS)
+	$(RUN) perf/architectures.py $(ARGS)
 
 accuracy: $(ENVIRONMENT)
-	$(RUN) tests/accuracy.py $(ARGS)
+	$(RUN) perf/accuracy.py $(ARGS)
 
 sanitize: $(ENVIRONMENT)
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(RUN) -m pytest -m gpu tests/test_kernels.py $(ARGS) || exit 1; \
+			$(RUN) -m pytest -m gpu tests/kernels/test_kernels.py $(ARGS) || exit 1; \
 	done
 
 lint: .venv/linters

@@ -52,10 +52,14 @@ def update_running_statistics(
     count = tl.load(moments + 2 * sizes.channels)
     factor = momentum
     if num_batches_tracked is not None:
-        batches = tl.load(num_batches_tracked) + 1
-        tl.store(num_batches_tracked, batches, mask=count > 0.0)
+        batches = tl.load(num_batches_tracked).to(tl.float64) + 1.0
+        if num_batches_tracked.dtype.element_ty.is_floating():
+            counted = convert_to(batches, num_batches_tracked.dtype.element_ty)
+        else:
+            counted = batches.to(num_batches_tracked.dtype.element_ty)
+        tl.store(num_batches_tracked, counted, mask=count > 0.0)
         if CUMULATIVE:
-            factor = inverse(batches.to(tl.float64))
+            factor = inverse(batches)
     if running_mean is not None:
         unbias = count * inverse(tl.maximum(count - 1.0, 1.0))
         updated = tl.where(count > 0.0, sizes.channels, 0)
@@ -144,9 +148,9 @@ def normalize(
     """Normalize (N, C, *spatial), dense in either layout; N may be 0.
 
     moments: float64 [2C + 1], of the global batch. weight, bias, running_mean, running_var: [C] of
-    any floating dtype, or None. num_batches_tracked: int64 scalar or None; needed if momentum is
-    None. The running statistics and the counter are updated in place unless the global batch is
-    empty. Returns y, like the input.
+    any floating dtype, or None. num_batches_tracked: one number of any dtype, or None; needed if
+    momentum is None. The running statistics and the counter are updated in place unless the global
+    batch is empty. Returns y, like the input.
     """
     shape = geometry(input)
     config = config or lookup("normalize", shape, input.dtype, input.device)

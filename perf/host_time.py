@@ -20,9 +20,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import triton
-from cases import LAYOUTS
-from implementations import synchronized_even_alone
-from no_gpu import NoGPU
+from compiler.compiling import NoGPU
+from layers.cases import LAYOUTS, laid_out
+from layers.implementations import synchronized_even_alone
+from layers.steps import step_of
+from machine.ranks import Place, process_group
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -30,14 +32,7 @@ from triton.runtime.jit import JITFunction
 import triton_syncbn
 from triton_syncbn import ops
 
-STEPS = ("moments", "normalize", "grad_moments", "grad_input")
 SHAPE = (2, 64, 8, 8)
-
-
-def launcher(name: str, device_type: str) -> Callable[..., Any]:
-    """The launcher of a step, whatever the device."""
-    module = __import__(f"triton_syncbn.kernels.{name}", fromlist=[name])
-    return getattr(module, name)
 
 
 @contextlib.contextmanager
@@ -58,7 +53,7 @@ def launches_replaced(whole: bool) -> Iterator[list[int]]:
 
     driver.set_active(NoGPU(GPUTarget("cuda", 90, 32)))
     patches: list[Any] = [
-        mock.patch.object(ops, "_step", launcher),
+        mock.patch.object(ops, "_step", lambda name, device_type: step_of(name, "kernels")),
         mock.patch.object(dist, "all_reduce", lambda *arguments, **options: None),
         mock.patch.object(JITFunction, "run", launch_nothing)
         if whole
@@ -93,10 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     layer = triton_syncbn.SyncBN(SHAPE[1])
-    format = torch.channels_last if options.layout == "channels_last" else torch.contiguous_format
-    input = torch.randn(SHAPE).to(memory_format=format).requires_grad_()
-    leaves = [input, *layer.parameters()]
-    grad_output = torch.randn(SHAPE).to(memory_format=format)
+    input, grad_output = (laid_out(torch.randn(SHAPE), options.layout) for _ in range(2))
+    leaves = [input.requires_grad_(), *layer.parameters()]
 
     def step() -> None:
         torch.autograd.grad(layer(input), leaves, grad_output)
@@ -104,8 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
     print("Forward + backward, ", end="")
     print(f"triton_syncbn of {triton_syncbn.__path__[0]}, torch {torch.__version__}, ", end="")
     print(f"triton {triton.__version__}")
-    with tempfile.TemporaryDirectory() as folder, synchronized_even_alone():
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    place = Place(0, 1, torch.device("cpu"))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process_group(place, f"file://{folder}/store"),
+        synchronized_even_alone(),
+    ):
         for whole in (True, False):
             with launches_replaced(whole) as count:
                 step()
@@ -120,7 +117,6 @@ def main(arguments: list[str] | None = None) -> int:
                         for _ in range(options.repeats):
                             step()
                     pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-        dist.destroy_process_group()
     return 0
 
 

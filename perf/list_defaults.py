@@ -5,27 +5,17 @@ import sys
 
 import pandas as pd
 import triton
-from candidates import KERNELS, empty_input
-from cases import DTYPES, LAYOUTS, read_cases, suites
+from compiler.targets import GPUS
+from layers.cases import DTYPES, LAYOUTS, read_cases, suites
+from layers.steps import KERNELS
 from triton_syncbn.kernels.indexing import geometry
 from triton_syncbn.kernels.launch_config import (
     WRITERS,
     default_config,
-    output_grid,
     reduction_blocks,
     slots,
+    writer_programs,
 )
-
-# Multiprocessors (compute units), from the data sheets of their makers.
-GPUS = {
-    "A100": 108,
-    "H100": 132,
-    "H200": 132,
-    "L4": 58,
-    "RTX 4090": 128,
-    "B200": 148,
-    "MI300X": 304,
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = []
     for case in read_cases(suites(), options.dtype, options.layout):
-        shape = geometry(empty_input(case))
+        shape = geometry(case.without_memory())
         for name in options.kernel:
             row = {
                 "layer": case.layer,
@@ -49,9 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
             for gpu in options.gpu:
                 config = default_config(name, shape, GPUS[gpu])
                 programs = (
-                    output_grid(shape, config)[0]
+                    writer_programs(shape, config)[0]
                     if name in WRITERS
-                    else reduction_blocks(shape, config) * config.programs
+                    else reduction_blocks(shape, config) * config.splits
                 )
                 available = slots(name, shape, config, GPUS[gpu])
                 row[gpu] = (

@@ -9,9 +9,9 @@ import re
 import sys
 
 import pandas as pd
-from environment import ROOT
-from markdown import short_summary
-from report import ours_of, read_rows
+from machine.environment import ROOT
+from report.markdown import short_summary
+from report.tables import ours_of, read_rows
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- compare -->\n).*?(\n<!-- /compare -->)", re.DOTALL)

@@ -16,15 +16,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from candidates import KERNELS, Job, candidates, jobs_of
-from cases import DTYPES, LAYOUTS, read_cases, suites
-from config_file import ConfigFile
-from launches import KernelOfLayer
-from selection import ROUNDS, Timer, finalists, winner
-from timing import Call, time_calls
+from layers.cases import DTYPES, LAYOUTS, read_cases, suites
+from layers.steps import KERNELS
+from measuring.times import call_of, time_calls
 from tqdm import tqdm
 from triton_syncbn.kernels import tuned_configs
 from triton_syncbn.kernels.launch_config import LaunchConfig, multiprocessors
+from tuning.candidates import Job, candidates, jobs_of
+from tuning.config_file import ConfigFile
+from tuning.kernel_of_layer import KernelOfLayer
+from tuning.selection import ROUNDS, Timer, finalists, winner
 
 SAMPLES = 30  # of a candidate in a round
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
@@ -49,7 +50,7 @@ def tune_job(job: Job, device: torch.device, timer: Timer) -> Outcome:
     skipped: dict[LaunchConfig, str] = {}
     for config in (default, *others):
         try:
-            error = layer.error_over_tolerance(config)
+            error = layer.error_of(config)
         except Exception as failure:  # the compiler, the driver: whatever it is, it is not a config
             skipped[config] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             continue
@@ -120,15 +121,11 @@ def describe(job: Job, outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _run(work: Callable[[], Any], _prepared: Any) -> Any:
-    return work()
-
-
 def gpu_timer(device: torch.device) -> Timer:
     """Median seconds of functions on a device, from runs that take turns with a cold cache."""
 
     def timer(functions: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-        calls = {name: Call(functools.partial(_run, work)) for name, work in functions.items()}
+        calls = {name: call_of(work) for name, work in functions.items()}
         return {
             name: statistics.median(samples.device)
             for name, samples in time_calls(calls, device, SAMPLES).items()

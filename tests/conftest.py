@@ -1,5 +1,6 @@
 """Set-up of all tests. With no GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
@@ -11,18 +12,27 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from tests import interpreter
-from tests.ranks import Ranks, fill_empty_tensors, pool
+from tests.support import interpreter
+from tests.support.ranks import Ranks, fill_empty_tensors, pool
 
 torch.set_num_threads(1)
 fill_empty_tensors()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    interpreter.round_to_nearest_bfloat16()
+    interpreter.prepare()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-steps", type=int, default=12, help="steps of tests/test_soak.py")
+    parser.addoption("--soak-steps", type=int, default=12, help="steps of tests/layer/test_soak.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU unless `-m` names that marker, whatever else it asks for."""
+    if "gpu" not in config.option.markexpr:
+        config.hook.pytest_deselected(
+            items=[item for item in items if item.get_closest_marker("gpu")]
+        )
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture(
@@ -40,6 +50,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def undefined_masked_lanes() -> Iterator[None]:
+    """Lanes that a mask keeps from loading hold NaN in the interpreter; on a GPU, anything."""
+    with interpreter.undefined_masked_lanes() if INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

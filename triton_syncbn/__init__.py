@@ -2,18 +2,22 @@
 
 import pathlib as _pathlib
 
+from .checkpointing import checkpoint_contexts
 from .communication import debug
 from .functional import sync_batch_norm
+from .groups import sync_group
 from .module import SyncBN
 from .version import __version__
 
 __all__ = [
     "SyncBN",
     "__version__",
+    "checkpoint_contexts",
     "convert_sync_batchnorm",
     "debug",
     "revert_sync_batchnorm",
     "sync_batch_norm",
+    "sync_group",
 ]
 
 convert_sync_batchnorm = SyncBN.convert_sync_batchnorm

@@ -46,15 +46,17 @@ class debug:
         _checking = self.previous
 
 
-def all_reduce(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> None:
-    """Add up a float64 tensor over the ranks of a group, in place.
+def all_reduce(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> Tensor:
+    """The sum of a float64 tensor over the ranks of a group; the tensor itself is used up.
 
     Raises RuntimeError with the name of the layer where the group reports an error: a rank that
     died, that left, or that did not come within the timeout of the group.
     """
     if torch.compiler.is_compiling():
         dist.all_reduce(sums, group=group)
-        return
+        return sums
+    if torch._C._len_torch_dispatch_stack() > 0 and _operators_are_recorded():
+        return _all_reduce_as_operator(sums, group.group_name, layer_name, pass_name)
     try:
         agreed = _all_reduce_checked(sums, group, layer_name, pass_name) if _checking else None
         if agreed is None:
@@ -70,6 +72,7 @@ def all_reduce(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> Non
             "call. Does every rank use the same layers in the same order, all of them in training "
             "mode?"
         )
+    return sums
 
 
 def _all_reduce_checked(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> bool:
@@ -91,3 +94,30 @@ def _all_reduce_checked(sums: Tensor, group: Any, layer_name: str, pass_name: st
     dist.all_reduce(message, group=group)
     sums.copy_(message[4 : 4 + sums.numel()].view_as(sums))
     return torch.equal(message[:4].cpu(), mine * dist.get_world_size(group))
+
+
+def _operators_are_recorded() -> bool:
+    """Whether a mode is active that may keep what operators return; torch's counter of collectives
+    does not, and counts its own ones alone.
+    """
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ != "CommDebugMode" for mode in modes)
+
+
+def _all_reduce_copy(sums: Tensor, group_name: str, layer_name: str, pass_name: str) -> Tensor:
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    return all_reduce(sums.clone(), group, layer_name, pass_name)
+
+
+# What records operators, as selective checkpointing does to keep their results, must see none whose
+# result changes afterwards.
+_library = torch.library.Library("triton_syncbn", "FRAGMENT")
+_library.define(
+    "all_reduce(Tensor sums, str group_name, str layer_name, str pass_name) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("all_reduce", _all_reduce_copy, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "triton_syncbn::all_reduce", lambda sums, *names: torch.empty_like(sums), lib=_library
+)
+_all_reduce_as_operator = torch.ops.triton_syncbn.all_reduce.default

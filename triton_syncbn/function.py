@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import differentiable, ops
+from .checkpointing import keep_sums, take_sums, this_thread
 from .communication import all_reduce
 
 
@@ -32,9 +33,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         layer_name: str,
     ) -> Tensor:
         """Normalize (N, C, *spatial), unchecked; `layer_name` stands in errors."""
-        moments = ops.moments(input)
-        if group is not None:
-            all_reduce(moments, group, layer_name, "forward")
+        if group is None:
+            moments = ops.moments(input)
+        else:
+            moments = _moments_of_all_ranks(input, group, layer_name)
         # The running buffers are not saved: they change before backward if the layer runs twice.
         ctx.save_for_backward(input, weight, moments)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -59,7 +61,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         input, weight, moments = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _differentiable_gradients(
+            gradients = differentiable.gradients(
                 grad_output, input, weight, moments[-1], ctx.eps, ctx.group, ctx.layer_name
             )
             dtypes = (input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype)
@@ -79,7 +81,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         grad_input = None
         if needs_input:
             if ctx.group is not None:
-                all_reduce(grad_moments, ctx.group, ctx.layer_name, "backward")
+                grad_moments = all_reduce(grad_moments, ctx.group, ctx.layer_name, "backward")
             grad_input = ops.grad_input(grad_output, input, moments, grad_moments, weight, ctx.eps)
         return (
             grad_input,
@@ -89,56 +91,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
 
 
-class _DifferentiableAllReduce(torch.autograd.Function):
-    """Sum over the ranks, whose gradient is the sum of the gradients over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, sums: Tensor, group: Any, layer_name: str) -> Tensor:
-        ctx.group = group
-        ctx.layer_name = layer_name
-        total = sums.clone()
-        all_reduce(total, group, layer_name, "backward")
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return (
-            _DifferentiableAllReduce.apply(grad.contiguous(), ctx.group, ctx.layer_name),
-            None,
-            None,
-        )
-
-
-def _differentiable_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    count: Tensor,
-    eps: float,
-    group: Any,
-    layer_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias as a function that torch can differentiate again.
-
-    Plain torch in float64, for gradient penalties and the like; one all_reduce, of [4, C].
-    """
-    others = [0, *range(2, input.dim())]
-    per_channel = (-1, *[1] * (input.dim() - 2))
-    value, grad = input.double(), grad_output.double()
-    sums = torch.stack(
-        [
-            value.sum(others),
-            (value * value).sum(others),
-            grad.sum(others),
-            (grad * value).sum(others),
-        ]
-    )
-    if group is not None:
-        sums = _DifferentiableAllReduce.apply(sums, group, layer_name)
-    mean, mean_square, grad_mean, product_mean = (sums / count.clamp(min=1.0)).unbind()
-    rstd = ((mean_square - mean * mean).clamp(min=0.0) + eps).rsqrt()
-    projection = (product_mean - mean * grad_mean) * rstd
-    scale = rstd if weight is None else rstd * weight.double()
-    normalized = (value - mean.view(per_channel)) * rstd.view(per_channel)
-    grad_input = grad - grad_mean.view(per_channel) - normalized * projection.view(per_channel)
-    return grad_input * scale.view(per_channel), (grad * normalized).sum(others), grad.sum(others)
+def _moments_of_all_ranks(input: Tensor, group: Any, layer_name: str) -> Tensor:
+    if torch.compiler.is_compiling() or not this_thread.regions:
+        return all_reduce(ops.moments(input), group, layer_name, "forward")
+    moments = take_sums(layer_name)
+    if moments is None:
+        moments = all_reduce(ops.moments(input), group, layer_name, "forward")
+    keep_sums(moments, layer_name)
+    return moments

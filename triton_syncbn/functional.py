@@ -2,13 +2,16 @@
 communication.
 """
 
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from . import differentiable, groups
 from .function import SyncBatchNormFunction
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,6 +40,10 @@ def sync_batch_norm(
     gradient); a process that is alone, or is not training, communicates nothing. Gradients of
     weight and bias are those of this rank's samples; DistributedDataParallel or FSDP reduce them.
 
+    Activation checkpointing computes a forward again in backward: that one moves no buffer, and
+    with `checkpoint_contexts` it sends nothing. Under torch.func, forward-mode AD and, of a process
+    that is alone, torch.export, the same is computed by operators of torch.
+
     Args:
         input: (N, C, *spatial) with any number of spatial dimensions, float16, bfloat16, float32 or
             float64. Contiguous and channels-last memory are read as they are, other strides
@@ -50,9 +57,10 @@ def sync_batch_norm(
         momentum: share of the new batch in the running statistics; None for the average over all
             batches so far, which needs `num_batches_tracked`.
         eps: added to the variance.
-        num_batches_tracked: int64 scalar, incremented in training, on the device; an empty global
-            batch does not count.
-        process_group: the ranks to synchronize; None for all of them.
+        num_batches_tracked: one number, of any dtype, incremented in training, on the device; an
+            empty global batch does not count.
+        process_group: the ranks to synchronize: a ProcessGroup, such as `sync_group` returns, a
+            DeviceMesh of one dimension, or None for all of them. Looked at in training only.
         layer_name: the name of the layer in errors of its communication.
 
     Returns:
@@ -62,28 +70,39 @@ def sync_batch_norm(
         TypeError, ValueError: an argument is not what is said above, or not on the input's device;
             or a training batch of a process that is alone has one value per channel. Raised before
             any communication.
-        RuntimeError: the communication failed, as a rank died or did not come in time.
+        RuntimeError: the communication failed, as a rank died or did not come in time; or
+            torch.export of training with other ranks; or torch.func with buffers that it lets
+            nobody change, as with torch's own batch norm.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
     group = _group_to_synchronize(process_group, training, input.device)
     if num_batches_tracked is not None:
         _check_counter(num_batches_tracked, input)
     elif momentum is None and training and running_mean is not None:
-        raise ValueError(
-            "num_batches_tracked: expected an int64 tensor, as momentum is None; got None"
-        )
+        raise ValueError("num_batches_tracked: expected a tensor, as momentum is None; got None")
     if eps < 0.0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
 
-    if not training and running_mean is not None and running_var is not None:
-        return _normalize_with_buffers(input, running_mean, running_var, weight, bias, eps)
-    if not training:
-        num_batches_tracked = None
-    if group is None and input.numel() == input.shape[1]:
+    uses_batch = training or running_mean is None
+    if uses_batch and group is None and input.numel() == input.shape[1]:
         raise ValueError(
-            f"input: expected more than one value per channel in training, got shape {_shape(input)}"
+            "input: expected more than one value per channel in training, "
+            f"got shape {_shape(input)}"
         )
-    return SyncBatchNormFunction.apply(
+    if not training:
+        return _torch_batch_norm(input, running_mean, running_var, weight, bias, eps)
+    exporting = torch.compiler.is_exporting()
+    if exporting and group is not None:
+        raise RuntimeError(
+            "torch.export: expected a layer in eval mode, or a process that is alone; got SyncBN "
+            f"layer {layer_name!r} in training with {dist.get_world_size(group)} ranks, and a "
+            "graph of operators would have no gradients"
+        )
+    if exporting and momentum is not None:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    arguments = (
         input,
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -95,53 +114,55 @@ def sync_batch_norm(
         group,
         layer_name,
     )
+    if (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # inside torch.autograd.forward_ad.dual_level
+        or exporting
+    ):
+        return differentiable.batch_norm(*arguments)
+    return SyncBatchNormFunction.apply(*arguments)
 
 
-def _normalize_with_buffers(
+def _torch_batch_norm(
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """torch's own batch_norm, in dtypes that it takes beside the input's."""
+    """torch's own batch_norm, in dtypes that it takes beside the input's; of this rank's batch if
+    there are no running statistics.
+    """
     tensors: tuple[Any, ...] = (running_mean, running_var, weight, bias)
     if any(tensor is not None and tensor.dtype != input.dtype for tensor in tensors):
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
     mean, variance, weight, bias = tensors
-    return F.batch_norm(input, mean, variance, weight, bias, eps=eps)
+    return F.batch_norm(input, mean, variance, weight, bias, training=mean is None, eps=eps)
 
 
-def _group_to_synchronize(
-    process_group: Any, training: bool, device: torch.device
-) -> dist.ProcessGroup | None:
+def _group_to_synchronize(process_group: Any, training: bool, device: torch.device) -> Any:
     """The group whose ranks share their statistics, or None if this process is alone or is not
     training.
     """
-    if process_group is None:
-        if not training or not dist.is_available() or not dist.is_initialized():
-            return None
-        process_group = dist.group.WORLD
-    elif not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
-        if dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(
-                "process_group: expected a group that this rank belongs to, got one without it"
-            )
-        raise TypeError(
-            "process_group: expected a torch.distributed.ProcessGroup or None, "
-            f"got {type(process_group).__name__}"
-        )
-    if not training or dist.get_world_size(process_group) == 1:
+    if not training:
+        return None
+    if process_group is not None:
+        group = groups.resolve(process_group)
+    elif dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    else:
+        return None
+    if dist.get_world_size(group) == 1:
         return None
     if device.type != "cuda" and not torch.compiler.is_compiling():
-        backends = dist.get_backend_config(process_group)  # such as "cpu:gloo,cuda:nccl"
+        backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
         if f"{device.type}:" not in backends:
             raise ValueError(
                 f"input: expected a device that the process group serves ({backends}), got {device}"
             )
-    return process_group
+    return group
 
 
 def _check_tensors(
@@ -151,20 +172,23 @@ def _check_tensors(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a torch.Tensor, got {type(input).__name__}")
+    if type(input) is not Tensor:
+        _check_kind("input", "torch.Tensor", input)
+    if input.layout is not torch.strided or input.is_nested:
+        kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
+        raise TypeError(f"input: expected a dense torch.Tensor, got a {kind.strip('_')} one")
     if input.dtype not in _DTYPES:
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
-    if input.shape[1] == 0:
+    channels, device = input.shape[1], input.device
+    if channels == 0:
         raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             f"{missing}: expected a tensor, as the other running statistic is one; got None"
         )
-    channels = input.shape[1]
     for name, tensor in (
         ("weight", weight),
         ("bias", bias),
@@ -173,8 +197,8 @@ def _check_tensors(
     ):
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(tensor).__name__}")
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            _check_kind(name, "torch.Tensor or None", tensor)
         if tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -184,18 +208,28 @@ def _check_tensors(
                 f"{name}: expected shape ({channels},), the channels of an input {_shape(input)}; "
                 f"got {_shape(tensor)}"
             )
-        if tensor.device != input.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name}: expected device {input.device}, that of the input; got {tensor.device}"
+                f"{name}: expected device {device}, that of the input; got {tensor.device}"
             )
-        if name.startswith("running") and not tensor.is_contiguous():
+        if not tensor.is_contiguous() and name.startswith("running"):
             raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
 
 
+def _check_kind(name: str, expected: str, tensor: Any) -> None:
+    """Raise TypeError where this is no tensor of this rank."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # imported where there is one
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise TypeError(f"{name}: expected this rank's {expected}, got a DTensor")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a {expected}, got {type(tensor).__name__}")
+
+
 def _check_counter(num_batches_tracked: Tensor, input: Tensor) -> None:
-    if not isinstance(num_batches_tracked, Tensor) or num_batches_tracked.dtype != torch.int64:
-        got = getattr(num_batches_tracked, "dtype", type(num_batches_tracked).__name__)
-        raise TypeError(f"num_batches_tracked: expected an int64 tensor or None, got {got}")
+    dtype = getattr(num_batches_tracked, "dtype", None)
+    if dtype is None or dtype.is_complex or dtype == torch.bool:
+        got = dtype or type(num_batches_tracked).__name__
+        raise TypeError(f"num_batches_tracked: expected a tensor of numbers or None, got {got}")
     if num_batches_tracked.numel() != 1 or num_batches_tracked.device != input.device:
         raise ValueError(
             f"num_batches_tracked: expected one number on {input.device}, that of the input; "

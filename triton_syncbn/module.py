@@ -5,11 +5,11 @@ import itertools
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import convert
+from . import convert, groups
 from .functional import sync_batch_norm
 
 _numbers = itertools.count()  # of the layers that are made, so that each has a name
@@ -34,7 +34,9 @@ class SyncBN(_BatchNorm):
         affine: whether there are weight and bias, (C,) each.
         track_running_stats: whether there are running statistics. Without them eval mode uses this
             rank's batch.
-        process_group: the ranks to synchronize; None for all of them.
+        process_group: the ranks to synchronize: a ProcessGroup, such as `sync_group` returns, a
+            DeviceMesh of one dimension, or None for all of them. It may be one without this rank
+            as long as this rank does not train.
         device, dtype: of parameters and buffers.
         bias: False for a weight without a bias.
 
@@ -63,6 +65,7 @@ class SyncBN(_BatchNorm):
         )
         if not bias:
             self.register_parameter("bias", None)
+        self.__module__ = convert.FX_LEAF
         self.process_group = process_group
         self.layer_name = f"{next(_numbers)} (made as SyncBN({num_features}))"
 
@@ -76,11 +79,13 @@ class SyncBN(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, num_features, *spatial); see `sync_batch_norm`."""
-        if isinstance(input, Tensor) and input.dim() > 1 and input.shape[1] != self.num_features:
-            raise ValueError(
-                f"input: expected {self.num_features} channels (num_features) in dimension 1, "
-                f"got shape {tuple(input.shape)}"
-            )
+        if isinstance(input, Tensor) and not input.is_nested:
+            self._check_input_dim(input)
+            if input.dim() > 1 and input.shape[1] != self.num_features:
+                raise ValueError(
+                    f"input: expected {self.num_features} channels (num_features) in dimension 1, "
+                    f"got shape {tuple(input.shape)}"
+                )
         track = not self.training or self.track_running_stats
         return sync_batch_norm(
             input,
@@ -97,12 +102,48 @@ class SyncBN(_BatchNorm):
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
 
+    def _synchronized_batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        *,
+        num_batches_tracked: Tensor | None = None,
+    ) -> Tensor:
+        """What `F.batch_norm` becomes in the forward of a subclass; see subclass_forward.py."""
+        if not (training and self.training):  # nothing is communicated: a rank may do it alone
+            return F.batch_norm(
+                *(input, running_mean, running_var, weight, bias),
+                *(training, momentum or 0.0, eps),
+            )
+        return sync_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=None if running_mean is None else num_batches_tracked,
+            process_group=self.process_group,
+            layer_name="" if torch.compiler.is_compiling() else self.layer_name,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """A layer that was made as SyncBN takes any; a converted one has the check of its class."""
+
     def extra_repr(self) -> str:
         """Settings of the layer; the ranks of its process group, if it has one of its own."""
         settings = super().extra_repr()
         if self.process_group is None:
             return settings
-        return f"{settings}, process_group=ranks {dist.get_process_group_ranks(self.process_group)}"
+        return f"{settings}, process_group={groups.describe(self.process_group)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBN":
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied, only shared
@@ -118,12 +159,19 @@ class SyncBN(_BatchNorm):
     def convert_sync_batchnorm(
         cls, module: torch.nn.Module, process_group: Any = None
     ) -> torch.nn.Module:
-        """Turn every batch norm layer of a model into this class, in place.
+        """Synchronize every batch norm layer of a model, in place.
 
-        Converted are `torch.nn.BatchNorm1d`, `2d`, `3d`, `torch.nn.SyncBatchNorm`, and subclasses
-        that keep their forward; a subclass with a forward of its own is left as it is, with a
-        warning. A layer keeps its identity and all it holds: parameters, buffers, training flag,
-        hooks, attributes, and every name it is registered under.
+        A layer stays what it was: it keeps its identity and all it holds (parameters, buffers,
+        training flag, hooks, attributes, and every name it is registered under), and its new class
+        derives from its old one and this one. So it still is an instance of
+        `torch.nn.BatchNorm2d`, or of a subclass, with everything else that the forward of the
+        subclass does. Only of `torch.nn.SyncBatchNorm` it is none any more:
+        DistributedDataParallel refuses these on a CPU.
+
+        A subclass whose forward normalizes in a way that cannot be exchanged is left as it is, with
+        a warning that names the layer, its class and what its forward does. A forward can be
+        exchanged if it normalizes by `super().forward` or by `F.batch_norm` on its own running
+        statistics; `triton_syncbn.subclass_forward.fault` has the whole rule.
 
         Args:
             module: a model, or a layer.
@@ -134,7 +182,8 @@ class SyncBN(_BatchNorm):
             The module itself.
 
         Raises:
-            ValueError: a lazy layer has not seen its first input.
+            ValueError: a lazy layer has not seen its first input; or a layer is parametrized, or
+                wrapped by `fully_shard` (do these after the conversion). No layer has changed then.
         """
         return convert.convert_layers(module, cls, process_group)
 
@@ -144,5 +193,9 @@ class SyncBN(_BatchNorm):
 
         A layer that was made as a SyncBN becomes a `triton_syncbn.convert.BatchNorm`, batch
         normalization of each process alone. Returns the module itself.
+
+        Raises:
+            ValueError: a layer is parametrized, or wrapped by `fully_shard`. No layer has changed
+                then.
         """
         return convert.revert_layers(module, cls)

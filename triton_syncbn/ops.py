@@ -6,7 +6,6 @@ Inputs are floating-point tensors (N, C, *spatial) of any strides; results lie i
 input does if that is dense in either layout (channels first or channels last), else channels first.
 """
 
-import contextlib
 import functools
 import importlib
 import os
@@ -76,42 +75,72 @@ def _step(name: str, device_type: str) -> Callable[..., Any]:
     return getattr(cpu if device_type == "cpu" else reference, name)
 
 
-_HERE = contextlib.nullcontext()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, so make it that of the tensors."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return _HERE
+def _run(name: str, *arguments: Any, **settings: Any) -> Any:
+    """Run a step on the device of its tensors: Triton launches on the current one."""
+    device = arguments[0].device
+    step = _step(name, device.type)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return step(*arguments, **settings)
+    with torch.cuda.device(device):
+        return step(*arguments, **settings)
 
 
 def _moments(input: Tensor) -> Tensor:
-    with _on(input.device):
-        return _step("moments", input.device.type)(dense(input))
+    return _run("moments", dense(input))
 
 
-def _normalize(input: Tensor, *arguments: Any, **buffers: Any) -> Tensor:
-    with _on(input.device):
-        return _step("normalize", input.device.type)(dense(input), *arguments, **buffers)
+def _normalize(input: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+    if torch._C._current_graph_task_id() != -1:
+        # In a backward, so activation checkpointing computes a forward again, whose batch the
+        # running statistics have seen. Decided here, as a compiled graph has no other place for it.
+        settings.update(running_mean=None, running_var=None, num_batches_tracked=None)
+    return _run("normalize", dense(input), *arguments, **settings)
 
 
 def _grad_moments(
     grad_output: Tensor, input: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with _on(input.device):
-        input = dense(input)
-        return _step("grad_moments", input.device.type)(
-            laid_out_like(grad_output, input), input, *arguments
-        )
+    input = dense(input)
+    return _run("grad_moments", laid_out_like(grad_output, input), input, *arguments)
 
 
 def _grad_input(grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
-    with _on(input.device):
-        input = dense(input)
-        return _step("grad_input", input.device.type)(
-            laid_out_like(grad_output, input), input, *arguments
+    input = dense(input)
+    return _run("grad_input", laid_out_like(grad_output, input), input, *arguments)
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Results of an operator, whose gradients are an error."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, number: int, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tensors[:number]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"triton_syncbn::{ctx.name} is not differentiable on its own, as the sums over the "
+            "ranks lie between two operators; differentiate triton_syncbn.sync_batch_norm"
         )
+
+
+def _refusing_gradients(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation; its results raise if somebody differentiates them, which
+    SyncBatchNormFunction does not, as it runs without grad mode.
+
+    A kernel of autograd's own would cost every call microseconds.
+    """
+
+    def run(*arguments: Any, **settings: Any) -> Any:
+        results = implementation(*arguments, **settings)
+        if torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments):
+            tensors = results if isinstance(results, tuple) else (results,)
+            marked = _NotDifferentiable.apply(name, len(tensors), *tensors, *arguments)
+            return marked if isinstance(results, tuple) else marked[0]
+        return results
+
+    return run
 
 
 def _moments_shape(input: Tensor) -> Tensor:
@@ -150,7 +179,8 @@ for _name, _implementation, _shape in (
     ("grad_input", _grad_input, _grad_input_shape),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _refusing_gradients(_name, _implementation), "CompositeExplicitAutograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"triton_syncbn::{_name}", _shape, lib=_library)
 
 moments = torch.ops.triton_syncbn.moments.default

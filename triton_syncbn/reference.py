@@ -48,19 +48,10 @@ def normalize(
     """Normalize with the global moments; update the running statistics in place unless the global
     batch is empty.
     """
-    mean, variance, count = _mean_and_variance(moments)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_((count > 0).long())
-    if running_mean is not None and running_var is not None:
-        if momentum is None:
-            assert num_batches_tracked is not None
-            factor = 1.0 / num_batches_tracked.double().clamp(min=1.0)
-        else:
-            factor = torch.full_like(count, momentum)
-        factor = torch.where(count > 0, factor, 0.0)
-        unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
-        for running, batch in ((running_mean, mean), (running_var, unbiased)):
-            running.copy_((1.0 - factor) * running.double() + factor * batch)
+    mean, variance, count = mean_and_variance(moments)
+    update_running_statistics(
+        mean, variance, count, running_mean, running_var, num_batches_tracked, momentum
+    )
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
@@ -80,7 +71,7 @@ def grad_moments(
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C], and from them the gradients of
     weight and bias.
     """
-    mean, variance, _ = _mean_and_variance(moments)
+    mean, variance, _ = mean_and_variance(moments)
     rstd = (variance + eps).rsqrt()
     high, low = _split_high_low(mean, input)
     normalized = _scale_and_shift(input, high, rstd, -low * rstd)
@@ -104,7 +95,7 @@ def grad_input(
     eps: float,
 ) -> Tensor:
     """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
-    mean, variance, count = _mean_and_variance(moments)
+    mean, variance, count = mean_and_variance(moments)
     rstd = (variance + eps).rsqrt()
     grad_mean, product_mean = (grad_moments / count.clamp(min=1.0)).chunk(2)
     scale = rstd if weight is None else rstd * weight.double()
@@ -116,7 +107,34 @@ def grad_input(
     return result.addcmul_(grad, _per_channel(scale.to(result.dtype), input)).to(input.dtype)
 
 
-def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def update_running_statistics(
+    mean: Tensor,
+    variance: Tensor,
+    count: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Move the running statistics towards those of a batch, in place, and count it, unless it is
+    empty. momentum=None: the average over the batches so far, which needs the counter.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_((count > 0).long())
+    if running_mean is not None and running_var is not None:
+        if momentum is None:
+            assert num_batches_tracked is not None
+            factor = 1.0 / num_batches_tracked.double().clamp(min=1.0)
+        else:
+            factor = torch.full_like(count, momentum)
+        factor = torch.where(count > 0, factor, 0.0)
+        unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            running.copy_((1.0 - factor) * running.double() + factor * batch)
+
+
+def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of each channel, and the count."""
     total, squares, count = moments.tensor_split(((len(moments) - 1) // 2, len(moments) - 1))
     count = count.squeeze(0)
     divisor = count.clamp(min=1.0)

@@ -1,0 +1,1 @@
+"""The layers that are compared: their shapes, what is compared, and whether it is right."""

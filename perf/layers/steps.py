@@ -1,0 +1,58 @@
+"""The four steps of a layer, called one at a time: their kernels, or plain torch."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from triton_syncbn import reference
+
+KERNELS = ("moments", "grad_moments", "normalize", "grad_input")
+
+
+class Operands(NamedTuple):
+    """What the steps of a layer are given; a step takes what it needs of it."""
+
+    input: Tensor
+    grad_output: Tensor
+    moments: Tensor | None = None
+    grad_moments: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+
+
+def step_of(name: str, implementation: str) -> Callable[..., Any]:
+    """The function of a step: the launcher of its kernel for "kernels", or that of "reference"."""
+    if implementation == "reference":
+        return getattr(reference, name)
+    return getattr(importlib.import_module(f"triton_syncbn.kernels.{name}"), name)
+
+
+def run_step(name: str, of: Operands, implementation: str = "kernels", **config: Any) -> Tensor:
+    """Run a step. Returns the map that it writes, or its sums. A kernel may be given a `config`."""
+    step = step_of(name, implementation)
+    if name == "moments":
+        return step(of.input, **config)
+    if name == "normalize":
+        return step(
+            of.input,
+            of.moments,
+            of.weight,
+            of.bias,
+            running_mean=of.running_mean,
+            running_var=of.running_var,
+            num_batches_tracked=of.num_batches_tracked,
+            momentum=of.momentum,
+            eps=of.eps,
+            **config,
+        )
+    if name == "grad_moments":
+        dtypes = [None if tensor is None else tensor.dtype for tensor in (of.weight, of.bias)]
+        return step(of.grad_output, of.input, of.moments, *dtypes, of.eps, **config)[0]
+    return step(of.grad_output, of.input, of.moments, of.grad_moments, of.weight, of.eps, **config)

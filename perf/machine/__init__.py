@@ -1,0 +1,1 @@
+"""The machine: its ranks, its versions, the commit of this checkout."""

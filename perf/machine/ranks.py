@@ -1,0 +1,91 @@
+"""The ranks of a command: those of torchrun; else this process alone on its GPU, or without one
+several processes over gloo.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+CPU_RANKS = 2
+
+Result = TypeVar("Result")
+
+
+class Place(NamedTuple):
+    """Where a function runs: a rank of the default process group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def device_of_rank() -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def count_ranks() -> int:
+    """How many ranks `run_on_ranks` has."""
+    alone = 1 if torch.cuda.is_available() else CPU_RANKS
+    return int(os.environ.get("WORLD_SIZE", alone))
+
+
+def run_on_ranks(work: Callable[..., Result], *arguments: object) -> Result:
+    """Call work(place, *arguments) on every rank of a process group that is there for this call.
+
+    Returns what it returned in this process. Function and arguments are pickled.
+    """
+    world_size = count_ranks()
+    if "WORLD_SIZE" in os.environ:
+        return _run(int(os.environ["RANK"]), world_size, "env://", work, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        same = world_size, f"file://{folder}/store", work, arguments
+        context = multiprocessing.get_context("spawn")
+        others = [
+            context.Process(target=_run, args=(rank, *same), daemon=True)
+            for rank in range(1, world_size)
+        ]
+        for process in others:
+            process.start()
+        result = _run(0, *same)
+        for process in others:
+            process.join()
+        return result
+
+
+def _run(
+    rank: int, world_size: int, store: str, work: Callable[..., Result], arguments: tuple
+) -> Result:
+    place = Place(rank, world_size, device_of_rank())
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    with process_group(place, store):
+        return work(place, *arguments)
+
+
+@contextlib.contextmanager
+def process_group(place: Place, store: str) -> Iterator[None]:
+    """The default process group, over NCCL or gloo; `store` is where its ranks meet, a URL."""
+    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=store, rank=place.rank, world_size=place.world_size
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""How a call is measured: time, launches, memory; and the rows that come of it."""

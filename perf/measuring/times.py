@@ -1,0 +1,172 @@
+"""Times of calls that take turns: all are warmed first, and every turn begins with another one, so
+that clocks and temperature that drift meet all of them alike.
+
+On a GPU the device's time is that between two events, its L2 cache flushed before, and the host
+does not wait for the device until all samples are queued. The host's time is taken in turns of its
+own, which begin with an idle device: behind a full queue a launch takes as long as the device does.
+On a CPU the two are one.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+WARMUP = 3
+FLUSH_BYTES = 256 << 20  # larger than the cache of any GPU
+
+Name = TypeVar("Name", bound=Hashable)
+Clock = Callable[[], float]
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+def nothing() -> None:
+    """Prepare nothing."""
+
+
+class Call(NamedTuple):
+    """A call to time, and what has to be done before each of its samples, untimed.
+
+    `work` is given what `prepare` returned.
+    """
+
+    work: Callable[[Any], Any]
+    prepare: Callable[[], Any] = nothing
+
+
+def call_of(work: Callable[[], Any], prepare: Callable[[], Any] = nothing) -> Call:
+    """A call of a function that has no use for what is prepared."""
+    return Call(lambda prepared: work(), prepare)
+
+
+class Samples(NamedTuple):
+    """Seconds of each sample of a call, of the device and of the host; of the slowest rank, where
+    there are several.
+    """
+
+    device: list[float]
+    host: list[float]
+
+
+def time_calls(
+    calls: Mapping[Name, Call],
+    device: torch.device,
+    samples: int,
+    *,
+    warmup: int = WARMUP,
+    warm_cache: bool = False,
+    clock: Clock = time.perf_counter,
+) -> dict[Name, Samples]:
+    """Seconds of `samples` runs of each call; all ranks must time the same calls.
+
+    With `warm_cache` the L2 cache of a GPU is left as the sample before left it.
+    """
+    for _ in range(warmup):
+        for call in calls.values():
+            call.work(call.prepare())
+    if device.type != "cuda":
+        host = _host_seconds(calls, device, samples, clock)
+        return _of_slowest_rank({name: Samples(host[name], host[name]) for name in calls})
+    on_device = _device_seconds(calls, device, samples, warm_cache)
+    host = _host_seconds(calls, device, samples, clock)
+    return _of_slowest_rank({name: Samples(on_device[name], host[name]) for name in calls})
+
+
+def in_cuda_graph(call: Call, device: torch.device) -> Call:
+    """A call that replays what `call` does on the device, from a CUDA graph: time it for kernels
+    without the host.
+
+    What `prepare` makes is made once, before the capture. Raises RuntimeError where the call cannot
+    be captured, as one that waits for the device cannot.
+    """
+    stream = torch.cuda.Stream(device)  # the backward of what ran on a stream runs on that stream
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP):
+            call.work(call.prepare())
+        prepared = call.prepare()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = call.work(prepared)
+    alive = prepared, result  # the graph reads and writes their memory
+    return Call(lambda kept: graph.replay(), lambda: alive)
+
+
+def percentiles(seconds: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile, in microseconds."""
+    p20, p50, p80 = np.percentile(seconds, (20, 50, 80)) * 1e6
+    return float(p20), float(p50), float(p80)
+
+
+def turns(names: list[Name], samples: int) -> Iterator[Name]:
+    """Each name once a turn, every turn beginning with another one."""
+    for turn in range(samples):
+        first = turn % max(1, len(names))
+        yield from names[first:] + names[:first]
+
+
+def _host_seconds(
+    calls: Mapping[Name, Call], device: torch.device, samples: int, clock: Clock
+) -> dict[Name, list[float]]:
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    several = _several_ranks()
+    for name in turns(list(calls), samples):
+        prepared = calls[name].prepare()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if several:
+            dist.barrier()
+        start = clock()
+        result = calls[name].work(prepared)
+        seconds[name].append(clock() - start)
+        del result, prepared  # not within a sample
+    return seconds
+
+
+def _device_seconds(
+    calls: Mapping[Name, Call], device: torch.device, samples: int, warm_cache: bool
+) -> dict[Name, list[float]]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    arrived = torch.zeros(1, device=device)
+    events: dict[Name, list[Events]] = {name: [] for name in calls}
+    several = _several_ranks()
+    torch.cuda.synchronize(device)
+    for name in turns(list(calls), samples):
+        prepared = calls[name].prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if not warm_cache:
+            flush.zero_()
+        if several:  # devices wait for each other, their hosts do not
+            dist.all_reduce(arrived)
+        start.record()
+        result = calls[name].work(prepared)
+        end.record()
+        events[name].append((start, end))
+        del result, prepared
+    torch.cuda.synchronize(device)
+    return {
+        name: [start.elapsed_time(end) * 1e-3 for start, end in pairs]
+        for name, pairs in events.items()
+    }
+
+
+def _several_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _of_slowest_rank(mine: dict[Name, Samples]) -> dict[Name, Samples]:
+    if not _several_ranks():
+        return mine
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return {
+        name: Samples(
+            np.max([rank[name].device for rank in every], axis=0).tolist(),
+            np.max([rank[name].host for rank in every], axis=0).tolist(),
+        )
+        for name in mine
+    }

@@ -1,0 +1,1 @@
+"""Whole networks, and the time of a training step with each layer."""

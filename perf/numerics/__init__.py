@@ -1,0 +1,1 @@
+"""How exact a training step is: hard data, the float64 result, and what errors are allowed."""

@@ -1,0 +1,78 @@
+"""What is right, float64 batch normalization of the whole batch, and the distance to it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MANTISSA_BITS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
+SMALLEST_EXPONENT = {
+    torch.float16: -14,
+    torch.bfloat16: -126,
+    torch.float32: -126,
+    torch.float64: -1022,
+}
+
+
+@dataclass
+class Result:
+    """Tensors of one training step: y, and the gradients of its backward; `None` where there is
+    nothing.
+    """
+
+    output: Any
+    grad_input: Any
+    grad_weight: Any = None
+    grad_bias: Any = None
+    running_mean: Any = None
+    running_var: Any = None
+    num_batches_tracked: Any = None
+
+
+def batch_norm(
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Result:
+    """One training step of torch's float64 batch norm on (N, C, *spatial)."""
+    leaves: list[Any] = [
+        None if tensor is None else tensor.detach().double().clone().requires_grad_()
+        for tensor in (input, weight, bias)
+    ]
+    mean = torch.zeros(input.shape[1], dtype=torch.float64, device=input.device)
+    variance = torch.ones_like(mean)
+    output = F.batch_norm(leaves[0], mean, variance, leaves[1], leaves[2], True, momentum, eps)
+    output.backward(grad_output.double())
+    grad_input, grad_weight, grad_bias = (None if leaf is None else leaf.grad for leaf in leaves)
+    return Result(output.detach(), grad_input, grad_weight, grad_bias, mean, variance)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected; 0 for two empty tensors."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    difference = (actual.double() - expected.double()).norm().item()
+    if difference == 0.0:
+        return 0.0
+    return difference / max(expected.double().norm().item(), 1e-300)
+
+
+def error_in_ulp(actual: Tensor, expected: Tensor, negligible: Tensor | float = 0.0) -> float:
+    """Largest distance in units in the last place that actual's dtype has at the expected value.
+
+    expected: float64. An element that is off by no more than `negligible` counts as right.
+    """
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    if actual.numel() == 0:
+        return 0.0
+    exponent = expected.abs().log2().floor().clamp(min=SMALLEST_EXPONENT[actual.dtype])
+    unit = torch.exp2(exponent - MANTISSA_BITS[actual.dtype])
+    difference = (actual.double() - expected).abs()
+    difference = torch.where(difference <= negligible, 0.0, difference)
+    largest = (difference / unit).max().item()
+    return math.inf if math.isnan(largest) else largest

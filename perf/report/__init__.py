@@ -1,0 +1,1 @@
+"""Rows of layers as tables, Markdown and plots, and against those of an earlier run."""

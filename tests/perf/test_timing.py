@@ -1,0 +1,121 @@
+"""The timer takes what it says: of every call, in turns, without what is prepared."""
+
+import itertools
+
+import pytest
+import torch
+from measuring import times
+from measuring.times import Call, in_cuda_graph, percentiles, time_calls, turns
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """A clock that goes on only when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+def spending(clock, durations):
+    """A call whose samples take these seconds, one after the other."""
+    remaining = itertools.cycle(durations)
+    return Call(lambda prepared: clock.spend(next(remaining)))
+
+
+def test_percentiles_are_those_of_the_samples():
+    clock = FakeClock()
+    calls = {
+        "steady": spending(clock, [3e-6]),
+        "slow": spending(clock, [n * 1e-6 for n in (50, 10, 40, 20, 30, 60)]),
+    }
+    measured = time_calls(calls, CPU, 6, warmup=0, clock=clock)
+    assert percentiles(measured["steady"].device) == pytest.approx((3, 3, 3))
+    assert percentiles(measured["slow"].device) == pytest.approx((20, 35, 50))
+    assert measured["slow"].host == measured["slow"].device
+
+
+def test_warming_and_preparing_are_not_timed():
+    clock = FakeClock()
+    durations = iter([9.0, 8.0, 7.0, 0.1, 0.2])
+    call = Call(
+        lambda prepared: clock.spend(next(durations) + prepared), lambda: clock.spend(5.0) or 0.01
+    )
+    measured = time_calls({"call": call}, CPU, 2, warmup=3, clock=clock)
+    assert measured["call"].device == pytest.approx([0.11, 0.21])
+
+
+def test_every_turn_begins_with_another_call():
+    assert "".join(turns(list("abc"), 4)) == "abcbcacababc"
+
+
+def sleepy_rank(rank, world_size):
+    """The samples of a call that takes as long as this rank says."""
+    clock = FakeClock()
+    durations = [[1.0, 5.0], [2.0, 3.0]][rank]
+    return time_calls({"call": spending(clock, durations)}, CPU, 2, warmup=0, clock=clock)["call"]
+
+
+def test_a_sample_is_as_slow_as_its_slowest_rank(reference_ranks):
+    for measured in reference_ranks.run(sleepy_rank, 2):
+        assert measured.device == [2.0, 5.0]
+
+
+class FakeGPU:
+    """Stands for torch.cuda: writes down what the timer asks of it."""
+
+    def __init__(self):
+        self.log = []
+
+    def synchronize(self, device):
+        self.log.append("synchronize")
+
+    def Event(self, enable_timing):
+        log = self.log
+
+        class Event:
+            def record(self):
+                log.append("event")
+
+            def elapsed_time(self, end):
+                return 1.5
+
+        return Event()
+
+
+@pytest.mark.parametrize("warm_cache", [False, True])
+def test_the_host_does_not_wait_between_samples_of_a_gpu(monkeypatch, warm_cache):
+    gpu = FakeGPU()
+    flush = type("Flush", (), {"zero_": lambda self: gpu.log.append("flush")})()
+    monkeypatch.setattr(times.torch, "cuda", gpu)
+    monkeypatch.setattr(times.torch, "empty", lambda *sizes, **options: flush)
+    monkeypatch.setattr(times.torch, "zeros", lambda *sizes, **options: None)
+    calls = {"call": Call(lambda prepared: gpu.log.append("work"))}
+    seconds = times._device_seconds(calls, torch.device("cuda"), 2, warm_cache)
+    sample = [*["flush"] * (not warm_cache), "event", "work", "event"]
+    assert gpu.log == ["synchronize", *sample, *sample, "synchronize"]
+    assert seconds == {"call": [1.5e-3, 1.5e-3]}
+
+
+@pytest.mark.gpu
+def test_device_time_and_graph_on_a_gpu():
+    device = torch.device("cuda")
+    small, large = (torch.zeros(size, device=device) for size in (1 << 10, 1 << 27))
+    calls = {
+        "small": Call(lambda prepared: small.add_(1)),
+        "large": Call(lambda prepared: large.add_(1)),
+    }
+    calls["graph"] = in_cuda_graph(calls["small"], device)
+    measured = time_calls(calls, device, 20)
+    medians = {name: percentiles(samples.device)[1] for name, samples in measured.items()}
+    assert 0 < medians["small"] < medians["large"]
+    assert 0 < medians["graph"] < medians["large"]
+    before = small[0].item()
+    calls["graph"].work(calls["graph"].prepare())
+    assert small[0].item() == before + 1

@@ -1,0 +1,123 @@
+"""Batch normalization and its gradients as plain functions in float64, which torch can
+differentiate again, in either mode, and transform (torch.func).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .communication import all_reduce
+
+
+class _DifferentiableAllReduce(torch.autograd.Function):
+    """Sum over the ranks, whose derivative is the sum of the derivatives over the ranks."""
+
+    @staticmethod
+    def forward(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> Tensor:
+        copy = sums.clone(memory_format=torch.contiguous_format)
+        return all_reduce(copy, group, layer_name, pass_name)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group, ctx.layer_name, ctx.pass_name = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        sums = _DifferentiableAllReduce.apply(grad, ctx.group, ctx.layer_name, "backward")
+        return sums, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
+        return _DifferentiableAllReduce.apply(tangent, ctx.group, ctx.layer_name, ctx.pass_name)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int | None]:
+        return _DifferentiableAllReduce.apply(*arguments), in_dims[0]
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    group: Any,
+    layer_name: str,
+) -> Tensor:
+    """What `SyncBatchNormFunction` computes, with its arguments; one all_reduce of [2C + 1] for the
+    value and one for each derivative.
+    """
+    others, per_channel = _shapes(input)
+    value = input.double()
+    count = value.new_full((1,), input.numel() // input.shape[1])
+    moments = torch.cat([value.sum(others), (value * value).sum(others), count])
+    if group is not None:
+        moments = _DifferentiableAllReduce.apply(moments, group, layer_name, "forward")
+    mean, variance, count = reference.mean_and_variance(moments)
+    _update_buffers(mean, variance, count, running_mean, running_var, num_batches_tracked, momentum)
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    output = (value - mean.view(per_channel)) * scale.view(per_channel)
+    if bias is not None:
+        output = output + bias.double().view(per_channel)
+    return output.to(input.dtype)
+
+
+def _update_buffers(
+    mean: Tensor, variance: Tensor, count: Tensor, running_mean: Tensor | None, *others: Any
+) -> None:
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return  # a checkpointed forward runs again, see ops.py
+    batch = (mean.detach(), variance.detach(), count.detach())
+    try:
+        reference.update_running_statistics(*batch, running_mean, *others)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "running_mean, running_var, num_batches_tracked: expected None (no running statistics) "
+            "or buffers that torch.func lets a function change: its own arguments, under vmap with "
+            f"a dimension to map over; {error}"
+        ) from error
+
+
+def gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    count: Tensor,
+    eps: float,
+    group: Any,
+    layer_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, weight and bias as a function that torch can differentiate again;
+    one all_reduce, of [4, C].
+    """
+    others, per_channel = _shapes(input)
+    value, grad = input.double(), grad_output.double()
+    sums = torch.stack(
+        [
+            value.sum(others),
+            (value * value).sum(others),
+            grad.sum(others),
+            (grad * value).sum(others),
+        ]
+    )
+    if group is not None:
+        sums = _DifferentiableAllReduce.apply(sums, group, layer_name, "backward")
+    mean, mean_square, grad_mean, product_mean = (sums / count.clamp(min=1.0)).unbind()
+    rstd = ((mean_square - mean * mean).clamp(min=0.0) + eps).rsqrt()
+    projection = (product_mean - mean * grad_mean) * rstd
+    scale = rstd if weight is None else rstd * weight.double()
+    normalized = (value - mean.view(per_channel)) * rstd.view(per_channel)
+    grad_input = grad - grad_mean.view(per_channel) - normalized * projection.view(per_channel)
+    return grad_input * scale.view(per_channel), (grad * normalized).sum(others), grad.sum(others)
+
+
+def _shapes(input: Tensor) -> tuple[list[int], tuple[int, ...]]:
+    """All dimensions but that of the channels, and the shape that spreads one value a channel."""
+    return [0, *range(2, input.dim())], (-1, *[1] * (input.dim() - 2))
