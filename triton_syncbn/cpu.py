@@ -27,7 +27,7 @@ BLOCK = 1 << 18  # elements of a block for each thread: 1 MiB of float32, about 
 NEAR = 2.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
 # Values in a sum of torch's batch norm: a row goes through 16 chains of float32, a column through
 # one, and where values repeat, the roundings of a chain have one sign. Short rows are slow in half.
-LONGEST_ROW, LONGEST_COLUMN, SHORTEST_ROW_OF_HALF = 1024, 64, 256
+LONGEST_ROW, LONGEST_COLUMN, SHORTEST_ROW_OF_HALF = 512, 32, 64
 
 _kept = threading.local()  # the buffers of a thread, which is in one step at a time
 
@@ -99,8 +99,7 @@ def grad_moments(
     if input.numel() == 0:
         grads = products = torch.zeros_like(mean)
     elif input.numel() <= SMALL:
-        wide = grad_output.double(), input.double()
-        grads, products = _sums_of_torch(*wide, mean, variance, eps)
+        grads, products = _sums_of_torch(grad_output.double(), input.double(), mean, variance, eps)
     else:
         high = mean.to(_compute_dtype(input))
         grads, products = _sums(grad_output, input, high)
@@ -134,7 +133,7 @@ def grad_input(
         return _result_like(input, result.addcmul_(grad_output.to(dtype), scale))
     grad_mean, product_mean = sums.unbind()
     slope = product_mean * rstd
-    high = mean.float()
+    high = mean.float()  # what it lacks of the mean is in the shift
     shift = grad_mean + (high - mean) * slope
     output = torch.empty_like(input)
     rows, columns, axis = _matrix_of(input)
@@ -156,27 +155,30 @@ def grad_input(
 
 
 def _buffers(*shape: int) -> Sequence[Tensor]:
-    """Two of float32, with whatever is in them."""
+    """Two of float32, with whatever is in them; larger than a block if a row is: not kept then."""
     size = 2 * math.prod(shape)
-    if len(getattr(_kept, "memory", ())) < size:
-        with torch.inference_mode(False):
-            _kept.memory = torch.empty(size, dtype=torch.float32, device="cpu")
-    return _kept.memory[:size].view(2, *shape).unbind()
+    memory = getattr(_kept, "memory", None)
+    if memory is None or len(memory) < size:
+        with torch.inference_mode(False):  # which may make the first of them, and not use the last
+            memory = torch.empty(size, dtype=torch.float32, device="cpu")
+        if size <= 2 * BLOCK * torch.get_num_threads():
+            _kept.memory = memory
+    return memory[:size].view(2, *shape).unbind()
 
 
-def _sums(grad_output: Tensor, input: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(grad_output: Tensor, input: Tensor, mean: Tensor) -> Sequence[Tensor]:
     """sum(dy) and sum(dy * (x - mean)) of each channel of a large tensor, float64 [C]."""
     rows, columns, axis = _matrix_of(input)
     length, longest = (columns, LONGEST_ROW) if axis == 1 else (rows, LONGEST_COLUMN)
-    half = axis == 1 and input.dtype.itemsize == 2
-    if grad_output.dtype != input.dtype or (half and length < SHORTEST_ROW_OF_HALF):
-        grad_output, input = grad_output.to(mean.dtype), input.to(mean.dtype)
-    elif half:
-        longest = length
+    shortest = SHORTEST_ROW_OF_HALF if axis == 1 and input.dtype.itemsize == 2 else 1
     # What is longer is cut into pieces, each a channel to torch, if a number of them divides it.
     least = -(-length // longest)
-    numbers = itertools.chain(range(least, 16 * least), range(least, 0, -1))
-    pieces = next(number for number in numbers if length % number == 0)
+    numbers = itertools.chain(range(least, 16 * least), range(least // 4 + 1, least))
+    pieces = next((n for n in numbers if length % n == 0 and length // n >= shortest), 0)
+    if not pieces or grad_output.dtype != input.dtype:
+        others = [0, *range(2, input.dim())]
+        products = _centered(input, mean)[1].mul_(grad_output)
+        return [map.sum(others, dtype=torch.float64) for map in (grad_output, products)]
     lines, length = len(mean) * pieces, length // pieces
     size, strides, cut = [1, lines, length, 1], [1, 1, lines, lines], (pieces, -1)
     if axis == 1:
@@ -184,8 +186,7 @@ def _sums(grad_output: Tensor, input: Tensor, mean: Tensor) -> tuple[Tensor, Ten
     grad_output, input = (map.as_strided(size, strides) for map in (grad_output, input))
     mean = mean.unsqueeze(axis).expand(cut).reshape(-1)
     parts = _sums_of_torch(grad_output, input, mean, torch.ones_like(mean), 0.0)
-    grads, products = (part.double().view(cut).sum(axis) for part in parts)
-    return grads, products
+    return [part.double().view(cut).sum(axis) for part in parts]
 
 
 def _sums_of_torch(
@@ -198,9 +199,7 @@ def _sums_of_torch(
 
 
 def _matrix_of(input: Tensor) -> tuple[int, int, int]:
-    """The memory of a dense tensor: rows, columns, and the axis that values of a channel lie along.
-    A row is a channel of a sample (axis 1), or a column is a channel (axis 0).
-    """
+    """Memory of a dense tensor: rows, columns, and along which axis the values of a channel lie."""
     samples, channels = input.shape[:2]
     if input.numel() > samples * channels and input.is_contiguous():
         return samples * channels, input.numel() // (samples * channels), 1

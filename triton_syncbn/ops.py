@@ -1,7 +1,8 @@
 """The four steps as operators of torch: `torch.ops.triton_syncbn.*`, with schemas and shapes that
 torch.compile can trace.
 
-Each runs the Triton kernel where there is one for the device, else the plain-torch reference.
+Each runs the Triton kernel where there is one for the device, the CPU path on a CPU, else the
+plain-torch reference.
 Inputs are floating-point tensors (N, C, *spatial) of any strides; results lie in memory as the
 input does if that is dense in either layout (channels first or channels last), else channels first.
 """
