@@ -22,17 +22,15 @@ from torch import Tensor
 
 from .reference import NOISE_OF_VARIANCE
 
-SMALL = 1 << 14  # elements up to which float64 is faster, as measured
+SMALL = 1 << 15  # elements up to which float64 is faster, as measured
 BLOCK = 1 << 18  # elements of a block for each thread: 1 MiB of float32, about a core's own cache
 NEAR = 2.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
-# Values in a sum of torch's batch norm: a row goes through 16 chains of float32, a column through
-# one, and where values repeat, the roundings of a chain have one sign. Short rows are slow in half.
-LONGEST_ROW, LONGEST_COLUMN, SHORTEST_ROW_OF_HALF = 512, 32, 64
+# Torch's batch norm sums rows in 16 chains of float32, columns in one; roundings add up in a chain.
+LONGEST_ROW, LONGEST_COLUMN = 512, 32
 
 _kept = threading.local()  # the buffers of a thread, which is in one step at a time
 
 
-@torch.no_grad()
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
     values = input.numel() // input.shape[1]
@@ -52,7 +50,6 @@ def moments(input: Tensor) -> Tensor:
     return torch.cat((total, squares, count))
 
 
-@torch.no_grad()
 def normalize(
     input: Tensor,
     moments: Tensor,
@@ -85,7 +82,6 @@ def normalize(
     return _result_like(input, _batch_norm(values, mean, variance, weight, bias, eps))
 
 
-@torch.no_grad()
 def grad_moments(
     grad_output: Tensor,
     input: Tensor,
@@ -111,7 +107,6 @@ def grad_moments(
     )
 
 
-@torch.no_grad()
 def grad_input(
     grad_output: Tensor,
     input: Tensor,
@@ -124,14 +119,15 @@ def grad_input(
     mean, variance, count = _mean_and_variance(moments)
     rstd = (variance + eps).rsqrt_()
     scale = rstd if weight is None else rstd * weight
-    sums = grad_moments.view(2, -1) / max(count, 1.0)
+    sums = grad_moments.view(2, -1)
+    count = max(count, 1.0)
     dtype = torch.float64 if input.numel() <= SMALL else input.dtype
     if dtype == torch.float64 or (dtype == torch.float32 and _is_near(mean, variance)):
-        grad_mean, slope = (sums * -scale).unbind()
+        grad_mean, slope = (sums * (scale / -count)).unbind()
         result = _batch_norm(input.to(dtype), mean, variance, slope, grad_mean, eps)
         scale = scale.to(dtype).view(-1, *[1] * (input.dim() - 2))
         return _result_like(input, result.addcmul_(grad_output.to(dtype), scale))
-    grad_mean, product_mean = sums.unbind()
+    grad_mean, product_mean = (sums / count).unbind()
     slope = product_mean * rstd
     high = mean.float()  # what it lacks of the mean is in the shift
     shift = grad_mean + (high - mean) * slope
@@ -170,11 +166,12 @@ def _sums(grad_output: Tensor, input: Tensor, mean: Tensor) -> Sequence[Tensor]:
     """sum(dy) and sum(dy * (x - mean)) of each channel of a large tensor, float64 [C]."""
     rows, columns, axis = _matrix_of(input)
     length, longest = (columns, LONGEST_ROW) if axis == 1 else (rows, LONGEST_COLUMN)
-    shortest = SHORTEST_ROW_OF_HALF if axis == 1 and input.dtype.itemsize == 2 else 1
+    if axis == 1 and input.dtype.itemsize == 2:
+        longest = 2 * LONGEST_ROW  # in twice as many chains
     # What is longer is cut into pieces, each a channel to torch, if a number of them divides it.
     least = -(-length // longest)
     numbers = itertools.chain(range(least, 16 * least), range(least // 4 + 1, least))
-    pieces = next((n for n in numbers if length % n == 0 and length // n >= shortest), 0)
+    pieces = next((n for n in numbers if length % n == 0), 0)
     if not pieces or grad_output.dtype != input.dtype:
         others = [0, *range(2, input.dim())]
         products = _centered(input, mean)[1].mul_(grad_output)
@@ -232,13 +229,16 @@ def _result_like(input: Tensor, result: Tensor) -> Tensor:
 
 
 def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, float]:
-    channels = len(moments) // 2
-    count = moments[-1].item()
-    averages = moments / max(count, 1.0)
-    mean, mean_of_squares, _ = averages.split_with_sizes((channels, channels, 1))
-    variance = mean_of_squares - mean * mean
-    variance.masked_fill_(variance < mean_of_squares * NOISE_OF_VARIANCE, 0.0)
-    return mean, variance, count
+    """Of the global batch, with its count; kept at the moments, for the other steps of a layer."""
+    count = moments[-1].item()  # an all_reduce changes it, but no version
+    state = count, None if moments.is_inference() else moments._version
+    if vars(moments).get("state") != state:
+        sizes = (len(moments) // 2, len(moments) // 2, 1)
+        mean, mean_of_squares, _ = (moments / max(count, 1.0)).split_with_sizes(sizes)
+        variance = mean_of_squares - mean * mean
+        variance.masked_fill_(variance < mean_of_squares * NOISE_OF_VARIANCE, 0.0)
+        vars(moments).update(state=state, statistics=(mean, variance))
+    return *vars(moments)["statistics"], count
 
 
 def _is_near(mean: Tensor, variance: Tensor) -> bool:

@@ -134,8 +134,11 @@ def _refusing_gradients(name: str, implementation: Callable[..., Any]) -> Callab
     """
 
     def run(*arguments: Any, **settings: Any) -> Any:
-        results = implementation(*arguments, **settings)
-        if torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments):
+        if not torch.is_grad_enabled():
+            return implementation(*arguments, **settings)
+        with torch.no_grad():  # which a step in torch's operations takes for granted
+            results = implementation(*arguments, **settings)
+        if any(getattr(argument, "requires_grad", False) for argument in arguments):
             tensors = results if isinstance(results, tuple) else (results,)
             marked = _NotDifferentiable.apply(name, len(tensors), *tensors, *arguments)
             return marked if isinstance(results, tuple) else marked[0]

@@ -205,11 +205,16 @@ def test_buffers_outlive_inference_mode_and_a_default_device(monkeypatch):
     assert torch.equal(first, again)
 
 
-def test_inputs_that_need_gradients_are_taken():
-    tensors = [
-        tensor.requires_grad_() for tensor in operands((4, 3, 20), torch.float32, LAYOUTS[0])
-    ]
-    assert not run_steps(steps_of(cpu), *tensors).output.requires_grad
+@pytest.mark.parametrize("change", [lambda sums: sums.mul_(2.0), lambda sums: sums.data.mul_(2.0)])
+def test_moments_may_change_after_they_were_used(change):
+    """In place, as an all_reduce does, of which torch takes no notice."""
+    input, _, weight, bias = operands((4, 3, 20), torch.float32, LAYOUTS[0])
+    moments = cpu.moments(input)
+    moments[-1] *= 0.5
+    cpu.normalize(input, moments, weight, bias, eps=1e-5)
+    change(moments)
+    output = cpu.normalize(input, moments, weight, bias, eps=1e-5)
+    assert torch.equal(output, cpu.normalize(input, moments.clone(), weight, bias, eps=1e-5))
 
 
 def test_operators_run_it(plain_torch):
