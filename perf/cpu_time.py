@@ -52,7 +52,7 @@ def measure(
     theirs = torch.nn.BatchNorm2d if place is None else HandwrittenSyncBN
     # A thread's own time is blind to other processes, but also to waiting for ranks, which counts.
     clock = time.thread_time if place is None else time.perf_counter
-    rows = []
+    rows: list[Row] = []
     for shape in SHAPES:
         input = laid_out((torch.randn(shape) + mean).to(dtype), layout)
         layers = theirs(shape[1]), triton_syncbn.SyncBN(shape[1])

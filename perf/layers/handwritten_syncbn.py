@@ -39,7 +39,7 @@ class HandwrittenSyncBN(_BatchNorm):
         variance = mean_of_squares - mean * mean
         with torch.no_grad():
             for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-                running += self.momentum * (batch - running)  # type: ignore[operator]
+                running += self.momentum * (batch - running)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
         per_channel = (-1, *[1] * (input.dim() - 2))
