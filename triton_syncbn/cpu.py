@@ -4,11 +4,10 @@ A small tensor takes as long as the operations are many. It is widened to float6
 nothing cancels, and torch's batch norm with given statistics does most of a step at once.
 
 A large tensor takes as long as its bytes travel. Torch's batch norm takes one pass, and in float32
-it is exact where means are near 0, in units of the deviation. Where one is not, it is given the
-deviations from the means. Only the gradient of the input has another way, in half precision, which
-must not be rounded on the way, and far from 0: elementwise operations, all of them on one block of
-the memory before the next. It stays in the cache, and so do buffers, which are kept: fresh pages
-cost more than the arithmetic. An operation takes one vector of channels; torch is slow with two.
+it is exact where means are near 0, in units of the deviation; if not, it is given deviations from
+them. One step has another way, where half precision must not be rounded on the way, or means are
+far: elementwise operations, all of them on a block of memory before the next. It stays in the
+cache, and so do the buffers; fresh pages would cost more than the arithmetic.
 """
 
 import itertools
@@ -25,9 +24,9 @@ from .reference import NOISE_OF_VARIANCE
 SMALL = 1 << 15  # elements up to which float64 is faster, as measured
 BLOCK = 1 << 18  # elements of a block for each thread: 1 MiB of float32, about a core's own cache
 NEAR = 2.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
-# Torch's batch norm sums rows in 16 chains of float32, columns in one; roundings add up in a chain.
-LONGEST_ROW, LONGEST_COLUMN = 512, 32
-
+# Torch's batch norm adds up a row in as many chains as a vector register holds values, a column in
+# one. In a chain of float32 roundings add up, too: so it is about 32 values long at most.
+LONGEST_ROW_BYTES, LONGEST_COLUMN = 2048, 32
 _kept = threading.local()  # the buffers of a thread, which is in one step at a time
 
 
@@ -39,11 +38,9 @@ def moments(input: Tensor) -> Tensor:
     if input.numel() <= SMALL:
         wide = input.double()
         return torch.cat((wide.sum(others), wide.square().sum(others), count))
-    zero = input.new_zeros(input.shape[1], dtype=_compute_dtype(input))
-    total, squares = _sums(input, input, zero)
-    mean = total / values
-    if not _is_near(mean, squares / values - mean * mean):
-        shift, centered = _centered(input, mean)
+    total, squares = _sums(input, input, None)
+    if not _is_near(total, squares * values - total * total):  # times the count, squared
+        shift, centered = _centered(input, total / values)
         deviations = centered.sum(others)
         total = deviations + shift * values
         squares = centered.square_().sum(others) + shift * (deviations + total)
@@ -157,42 +154,43 @@ def _buffers(*shape: int) -> Sequence[Tensor]:
     if memory is None or len(memory) < size:
         with torch.inference_mode(False):  # which may make the first of them, and not use the last
             memory = torch.empty(size, dtype=torch.float32, device="cpu")
-        if size <= 2 * BLOCK * torch.get_num_threads():
-            _kept.memory = memory
+        _kept.memory = memory if size <= 2 * BLOCK * torch.get_num_threads() else None
     return memory[:size].view(2, *shape).unbind()
 
 
-def _sums(grad_output: Tensor, input: Tensor, mean: Tensor) -> Sequence[Tensor]:
-    """sum(dy) and sum(dy * (x - mean)) of each channel of a large tensor, float64 [C]."""
+def _sums(grad_output: Tensor, input: Tensor, mean: Tensor | None) -> Sequence[Tensor]:
+    """sum(dy) and sum(dy * (x - mean)) of each channel of a large tensor, float64 [C]. None: 0."""
+    dtype = _compute_dtype(input)
     rows, columns, axis = _matrix_of(input)
-    length, longest = (columns, LONGEST_ROW) if axis == 1 else (rows, LONGEST_COLUMN)
-    if axis == 1 and input.dtype.itemsize == 2:
-        longest = 2 * LONGEST_ROW  # in twice as many chains
+    longest_row = LONGEST_ROW_BYTES // input.dtype.itemsize
+    length, longest = (columns, longest_row) if axis == 1 else (rows, LONGEST_COLUMN)
     # What is longer is cut into pieces, each a channel to torch, if a number of them divides it.
     least = -(-length // longest)
     numbers = itertools.chain(range(least, 16 * least), range(least // 4 + 1, least))
     pieces = next((n for n in numbers if length % n == 0), 0)
     if not pieces or grad_output.dtype != input.dtype:
         others = [0, *range(2, input.dim())]
-        products = _centered(input, mean)[1].mul_(grad_output)
-        return [map.sum(others, dtype=torch.float64) for map in (grad_output, products)]
-    lines, length = len(mean) * pieces, length // pieces
+        deviations = input.to(dtype, copy=True) if mean is None else _centered(input, mean)[1]
+        maps = grad_output, deviations.mul_(grad_output)
+        return [map.sum(others, dtype=torch.float64) for map in maps]
+    lines, length = input.shape[1] * pieces, length // pieces
     size, strides, cut = [1, lines, length, 1], [1, 1, lines, lines], (pieces, -1)
     if axis == 1:
         size, strides, cut = [len(input), lines, length], [lines * length, length, 1], (-1, pieces)
     grad_output, input = (map.as_strided(size, strides) for map in (grad_output, input))
-    mean = mean.unsqueeze(axis).expand(cut).reshape(-1)
-    parts = _sums_of_torch(grad_output, input, mean, torch.ones_like(mean), 0.0)
-    return [part.double().view(cut).sum(axis) for part in parts]
+    one = input.new_ones(lines, dtype=dtype)
+    means = one - one if mean is None else mean.unsqueeze(axis).expand(cut).reshape(-1)
+    parts = _sums_of_torch(grad_output, input, means, one, 0.0)
+    return [part.view(cut).sum(axis, dtype=torch.float64) for part in parts]
 
 
 def _sums_of_torch(
     grad_output: Tensor, input: Tensor, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, in the dtype of the statistics."""
-    arguments = (variance, mean, variance, None, None, False, eps, [False, True, True])
-    _, products, grads = torch.ops.aten.native_batch_norm_backward(grad_output, input, *arguments)
-    return grads, products
+    settings = (variance, mean, variance, None, None, False, eps, [False, True, True])
+    sums = torch.ops.aten.native_batch_norm_backward(grad_output, input, *settings)
+    return sums[2], sums[1]
 
 
 def _matrix_of(input: Tensor) -> tuple[int, int, int]:
@@ -230,19 +228,22 @@ def _result_like(input: Tensor, result: Tensor) -> Tensor:
 
 def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor, float]:
     """Of the global batch, with its count; kept at the moments, for the other steps of a layer."""
+    kept = vars(moments)
     count = moments[-1].item()  # an all_reduce changes it, but no version
     state = count, None if moments.is_inference() else moments._version
-    if vars(moments).get("state") != state:
+    if kept.get("state") != state:
         sizes = (len(moments) // 2, len(moments) // 2, 1)
         mean, mean_of_squares, _ = (moments / max(count, 1.0)).split_with_sizes(sizes)
         variance = mean_of_squares - mean * mean
         variance.masked_fill_(variance < mean_of_squares * NOISE_OF_VARIANCE, 0.0)
-        vars(moments).update(state=state, statistics=(mean, variance))
-    return *vars(moments)["statistics"], count
+        kept.update(state=state, statistics=(mean, variance))
+    return *kept["statistics"], count
 
 
 def _is_near(mean: Tensor, variance: Tensor) -> bool:
-    return bool((mean.square() <= variance * NEAR**2).all())
+    if "is_near" not in vars(mean):
+        vars(mean)["is_near"] = bool((mean * mean <= variance * NEAR**2).all())
+    return vars(mean)["is_near"]
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:

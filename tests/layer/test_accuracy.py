@@ -108,8 +108,10 @@ def test_what_the_table_says_holds(name):
         *claimed, claim_of_torch = (float(cell) for cell in row[3:7])
         assert max(claimed) <= max(claim_of_torch, NOISE)
         assert max(ours) <= max(theirs, NOISE)
-        # one batch is not worse than the worst of several, but for the last roundings
-        assert all(mine <= max(claim, NOISE) for mine, claim in zip(ours, claimed, strict=True))
+        # one batch is not worse than the worst of several, but for the last roundings, and for
+        # what the table's two digits leave out
+        pairs = zip(ours, claimed, strict=True)
+        assert all(mine <= max(1.05 * claim, NOISE) for mine, claim in pairs)
 
 
 @pytest.mark.slow
