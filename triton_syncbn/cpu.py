@@ -189,8 +189,7 @@ def _sums_of_torch(
 ) -> tuple[Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, in the dtype of the statistics."""
     settings = (variance, mean, variance, None, None, False, eps, [False, True, True])
-    sums = torch.ops.aten.native_batch_norm_backward(grad_output, input, *settings)
-    return sums[2], sums[1]
+    return torch.ops.aten.native_batch_norm_backward(grad_output, input, *settings)[:0:-1]
 
 
 def _matrix_of(input: Tensor) -> tuple[int, int, int]:
