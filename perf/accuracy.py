@@ -16,15 +16,15 @@ from machine.environment import ROOT
 from numerics.errors import faults
 from numerics.examples import drawn_example
 from numerics.interpreter import prepare
-from numerics.table import accuracy_table
+from numerics.table import OURS, accuracy_table
 from numerics.training import train_steps
 
 
 def sweep(count: int) -> None:
-    """Draw examples and check both implementations."""
+    """Draw examples and check all implementations."""
     for seed in range(count):
         example = drawn_example(seed)
-        for implementation in ("kernels", "reference"):
+        for implementation in OURS:
             found = faults(example, train_steps(implementation, example))
             assert not found, f"seed {seed}, {implementation}: {found}"
     print(f"{count} examples: all exact")

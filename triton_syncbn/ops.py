@@ -1,7 +1,8 @@
 """The four steps as operators of torch: `torch.ops.triton_syncbn.*`, with schemas and shapes that
 torch.compile can trace.
 
-Each runs the Triton kernel where there is one for the device, else the plain-torch reference.
+Each runs the Triton kernel where there is one for the device, the CPU path on a CPU, else the
+plain-torch reference.
 Inputs are floating-point tensors (N, C, *spatial) of any strides; results lie in memory as the
 input does if that is dense in either layout (channels first or channels last), else channels first.
 """
@@ -10,13 +11,13 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 _BUFFERS = (
     "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
@@ -90,13 +91,22 @@ def _step(name: str, device_type: str) -> Callable[..., Any]:
             warnings.warn(
                 "Triton is not installed: SyncBN runs in plain torch, which is slow", stacklevel=2
             )
-    return getattr(reference, name)
+    return getattr(cpu if device_type == "cpu" else reference, name)
+
+
+def _is_of_block(name: str, arguments: Sequence[Any], settings: dict[str, Any]) -> bool:
+    """Whether a step has an activation or a residual, or statistics that are frozen."""
+    if settings.keys() & {"activation", "residual", "gates", "grad_residual"}:
+        return True
+    return name != "moments" and arguments[1 if name == "normalize" else 2] is None
 
 
 def _run(name: str, *arguments: Any, **settings: Any) -> Any:
     """Run a step on the device of its tensors: Triton launches on the current one."""
     device = arguments[0].device
     step = _step(name, device.type)
+    if step.__module__ == cpu.__name__ and _is_of_block(name, arguments, settings):
+        step = getattr(reference, name)  # which has no CPU path of its own
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return step(*arguments, **settings)
     with torch.cuda.device(device):
@@ -195,8 +205,11 @@ def _refusing_gradients(name: str, implementation: Callable[..., Any]) -> Callab
     """
 
     def run(*arguments: Any, **settings: Any) -> Any:
-        results = implementation(*arguments, **settings)
-        if torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments):
+        if not torch.is_grad_enabled():
+            return implementation(*arguments, **settings)
+        with torch.no_grad():  # which a step in torch's operations takes for granted
+            results = implementation(*arguments, **settings)
+        if any(getattr(argument, "requires_grad", False) for argument in arguments):
             tensors = results if isinstance(results, tuple) else (results,)
             marked = _NotDifferentiable.apply(name, len(tensors), *tensors, *arguments)
             return marked if isinstance(results, tuple) else marked[0]

@@ -1,4 +1,4 @@
-"""The four steps of a layer, called one at a time: their kernels, or plain torch."""
+"""The four steps of a layer, called one at a time: their kernels, or torch's operations."""
 
 import importlib
 from collections.abc import Callable
@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from triton_syncbn import reference
+from triton_syncbn import cpu, reference
 
+IN_TORCH = {"cpu": cpu, "reference": reference}
 KERNELS = ("moments", "grad_moments", "normalize", "grad_input")
 
 
@@ -45,9 +46,11 @@ class Operands(NamedTuple):
 
 
 def step_of(name: str, implementation: str) -> Callable[..., Any]:
-    """The function of a step: the launcher of its kernel for "kernels", or that of "reference"."""
-    if implementation == "reference":
-        return getattr(reference, name)
+    """The function of a step: the launcher of its kernel for "kernels", or that of "cpu" or
+    "reference".
+    """
+    if implementation in IN_TORCH:
+        return getattr(IN_TORCH[implementation], name)
     launchers = importlib.import_module("triton_syncbn.kernels.launchers")  # needs Triton
     return getattr(launchers, name)
 

@@ -47,8 +47,8 @@ def joined(results: list[Result]) -> Result:
 
 @sums_as_on_a_gpu()
 def train_steps(implementation: str, example: Example, copies: float = 1) -> Result:
-    """The four steps of "kernels" or "reference" for each rank in turn, their sums added up here,
-    and multiplied as if there were so many copies of the batch.
+    """The four steps of "kernels", "cpu" or "reference" for each rank in turn, their sums added up
+    here, and multiplied as if there were so many copies of the batch.
     """
     affine = example.weight, example.bias
     ranks = []

@@ -8,7 +8,7 @@ from numerics import errors, examples, table, training
 from numerics.errors import NOISE
 
 from tests.support import oracle
-from triton_syncbn import ops, reference
+from triton_syncbn import cpu, ops, reference
 
 
 def assert_exact(example: examples.Example, result: oracle.Result) -> None:
@@ -23,7 +23,7 @@ def test_layer_is_exact(seed):
     assert_exact(example, training.train_layer(0, 1, example))
 
 
-@pytest.mark.parametrize("implementation", ["kernels", "reference"])
+@pytest.mark.parametrize("implementation", table.OURS)
 @pytest.mark.parametrize("seed", range(12))
 def test_any_split_is_exact(implementation, seed):
     """The four steps for up to five ranks in turn."""
@@ -31,10 +31,11 @@ def test_any_split_is_exact(implementation, seed):
     assert_exact(example, training.train_steps(implementation, example))
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("seed", range(50))
-def test_larger_tensors_are_exact(seed):
+def test_larger_tensors_are_exact(seed, implementation):
     example = examples.drawn_example(seed, most_elements=200_000)
-    assert_exact(example, training.train_steps("reference", example))
+    assert_exact(example, training.train_steps(implementation, example))
 
 
 @pytest.mark.slow
@@ -66,13 +67,14 @@ def test_one_value_a_channel_over_all_ranks(sizes, dtype, ranks):
 
 
 @pytest.mark.slow
-def test_counts_beyond_24_bits():
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_counts_beyond_24_bits(implementation):
     """2**24 + 3 values: float32 cannot count them, nor add them up one by one."""
     example = examples.make_example((1,), 1, (2**24 + 3,), mean=3.0)
-    assert_exact(example, training.train_steps("reference", example))
+    assert_exact(example, training.train_steps(implementation, example))
 
 
-@pytest.mark.parametrize("implementation", ["kernels", "reference"])
+@pytest.mark.parametrize("implementation", table.OURS)
 def test_counts_beyond_32_bits(implementation, device):
     """Sums as of 2**33 values: the same results, and a variance that is hardly unbiased."""
     example = examples.make_example((3,), 3, (5,), mean=1e2)
@@ -89,8 +91,8 @@ def test_counts_beyond_32_bits(implementation, device):
 
 def test_large_mean_is_100_times_better_than_torch():
     """At mean / std = 1e4."""
-    kernels, plain, theirs = table.measure("mean / std = 1e4", seeds=2)["output"]
-    assert 100 * max(kernels, plain) <= theirs
+    *ours, theirs = table.measure("mean / std = 1e4", seeds=2)["output"]
+    assert 100 * max(ours) <= theirs
 
 
 @pytest.mark.slow
@@ -103,15 +105,17 @@ def test_what_the_table_says_holds(name):
     measured = table.measure(name, seeds=1)
     for row, (compared, (*ours, theirs)) in zip(rows[first:], measured.items(), strict=False):
         assert row[2] == table.SHORT.get(compared, compared)
-        *claimed, claim_of_torch = (float(cell) for cell in row[3:6])
+        *claimed, claim_of_torch = (float(cell) for cell in row[3:7])
         assert max(claimed) <= max(claim_of_torch, NOISE)
         assert max(ours) <= max(theirs, NOISE)
-        # one batch is not worse than the worst of several, but for the last roundings
-        assert all(mine <= max(claim, NOISE) for mine, claim in zip(ours, claimed, strict=True))
+        # one batch is not worse than the worst of several, but for the last roundings, and for
+        # what the table's two digits leave out
+        pairs = zip(ours, claimed, strict=True)
+        assert all(mine <= max(1.05 * claim, NOISE) for mine, claim in pairs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["kernels", "reference"])
+@pytest.mark.parametrize("implementation", table.OURS)
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 0, 2, 3, 2)], ids=str)
 def test_equal_values_have_no_variance(sizes, implementation):
     """However small eps is next to their mean: what rounding leaves of a variance is not one."""
@@ -124,7 +128,9 @@ def test_equal_values_have_no_variance(sizes, implementation):
         assert errors.error(name, result, exact, scale) <= NOISE, name
 
 
-@pytest.mark.parametrize("step", [ops.normalize, reference.normalize], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "step", [ops.normalize, cpu.normalize, reference.normalize], ids=table.OURS
+)
 def test_first_batch_of_an_average_keeps_its_digits(step):
     """With momentum 1, or None and no batch before, the buffer is that of the batch."""
     input = examples.make_example(std=1e-6).input

@@ -1,0 +1,221 @@
+"""The four steps on a CPU against the plain-torch reference and float64: the way of small tensors,
+and that of large ones on tensors that are small enough for a test.
+"""
+
+import pytest
+import torch
+from numerics import errors, examples, training
+from numerics.errors import NOISE
+
+from tests.support import oracle
+from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
+from tests.support.steps import run_steps
+from triton_syncbn import cpu, ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Of the norm. Half a unit in the last place of a half-precision result is 2e-3 (bfloat16) and
+# 2.5e-4 (float16) of its value at most; two implementations that both round right may differ by
+# twice that.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-12}
+# Gradients of weight and bias are sums that cancel: some roundings of float32, of larger terms.
+SUM_TOLERANCE = 5e-6
+SMALLEST_BLOCK = (
+    100  # elements: some tensors here are then several blocks, of which the last is cut
+)
+
+
+@pytest.fixture(params=["small", "large"], autouse=True)
+def way(request, monkeypatch):
+    """How tensors are treated, whatever their size."""
+    monkeypatch.setattr(cpu, "SMALL", 1 << 62 if request.param == "small" else 0)
+    monkeypatch.setattr(cpu, "BLOCK", SMALLEST_BLOCK)
+    return request.param
+
+
+def steps_of(module):
+    return lambda name: getattr(module, name)
+
+
+def operands(shape, dtype, layout, mean=0.5, parameters=torch.float32):
+    return (
+        random(shape, dtype, "cpu", layout, mean),
+        random(shape, dtype, "cpu", layout, seed=1),
+        random(shape[1:2], parameters, "cpu", seed=2),
+        random(shape[1:2], parameters, "cpu", seed=3),
+    )
+
+
+@pytest.mark.parametrize("mean", [0.5, 30.0], ids="mean {}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_agrees_with_reference_and_float64(layout, rank, dtype, mean):
+    tensors = operands(SHAPES[rank], dtype, layout, mean)
+    result = run_steps(steps_of(cpu), *tensors)
+    plain = run_steps(steps_of(reference), *tensors)
+    exact = oracle.batch_norm(*tensors)
+    for name, actual in vars(result).items():
+        assert actual.dtype == getattr(plain, name).dtype, name
+        assert actual.stride() == getattr(plain, name).stride(), name
+        limit = {"grad_weight": SUM_TOLERANCE, "grad_bias": SUM_TOLERANCE}.get(name)
+        limit = limit or TOLERANCE[actual.dtype if name.startswith("running") else dtype]
+        if name != "num_batches_tracked":
+            assert oracle.relative_error(actual, getattr(plain, name)) <= limit, name
+            assert oracle.relative_error(actual, getattr(exact, name)) <= limit, name
+    assert result.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_edge_shapes(shape, layout, dtype):
+    tensors = operands(shape, dtype, layout)
+    result, plain = (run_steps(steps_of(module), *tensors) for module in (cpu, reference))
+    count = tensors[0].numel() // shape[1]
+    # Sums are measured against as many terms of size 1, and where few values are normalized the
+    # gradient of the input cancels: it is measured against its terms.
+    scales = {"grad_weight": count, "grad_bias": count, "grad_input": 4.0}
+    for name, actual in vars(result).items():
+        expected = getattr(plain, name)
+        assert (actual.shape, actual.stride()) == (expected.shape, expected.stride()), name
+        if actual.numel():
+            error = (actual.double() - expected.double()).abs().max().item()
+            scale = max(scales.get(name, 1.0), expected.double().abs().max().item())
+            assert error <= scale * (2e-6 if actual.dtype == torch.float32 else 2**-7), name
+
+
+# Means are near 0, at the border of what is near, and far; float32 data of a large mean lies on a
+# coarse lattice, where roundings of long sums are no longer as often up as down.
+DATA = {
+    "near": {},
+    "border": {"mean": cpu.NEAR},
+    "far": {"mean": 1e2},
+    "lattice": {"mean": 1e4},
+    "no digits": {"mean": 1e6},
+    "outlier": {"outlier": True},
+    "tiny": {"std": 1e-6},
+    "constant": {"std": 0.0},
+    "grad far": {"grad_mean": 1e3},
+}
+MAPS = {
+    "long rows": {"sizes": (1, 2), "channels": 3, "spatial": (97, 97)},  # cut into rows of 97
+    "short rows": {"sizes": (3, 4), "channels": 37, "spatial": (7, 7)},
+    "rows of a prime": {"sizes": (2,), "channels": 2, "spatial": (4099,)},
+    "no rows": {"sizes": (200, 55), "channels": 19, "spatial": ()},
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hard_data_is_exact(layout, dtype, map, data):
+    example = examples.make_example(dtype=dtype, layout=layout, **MAPS[map], **DATA[data])
+    assert not errors.faults(example, training.train_steps("cpu", example))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 2, 128, 128), (40, 3, 96)], ids=str)
+def test_gradients_that_repeat_add_up(shape, layout):
+    """As those of a mean do: in one chain, float32 would lose 1e-5 of their sum."""
+    input = random(shape, torch.float32, "cpu", layout)
+    grad_output = lay_out(torch.full(shape, 1 / 3), layout)
+    moments = cpu.moments(input)
+    sums, *_ = cpu.grad_moments(grad_output, input, moments, None, None, 1e-5)
+    expected = grad_output.double().sum([0, *range(2, len(shape))])
+    assert oracle.relative_error(sums[: shape[1]], expected) <= NOISE
+
+
+@pytest.mark.parametrize("parameters", [None, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("buffers", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("momentum", [None, 0.1, 1.0])
+def test_parameters_and_buffers_of_any_dtype(parameters, buffers, momentum):
+    input, grad_output, weight, bias = operands((6, 5, 40), torch.float32, LAYOUTS[0])
+    weight, bias = (parameters and tensor.to(parameters) for tensor in (weight, bias))
+    results = []
+    for module in (cpu, reference):
+        mean, variance = torch.rand(2, 5, generator=torch.Generator().manual_seed(0)).to(buffers)
+        counter = torch.tensor(3)
+        moments = module.moments(input)
+        output = module.normalize(
+            *(input, moments, weight, bias),
+            running_mean=mean,
+            running_var=variance,
+            num_batches_tracked=counter,
+            momentum=momentum,
+            eps=1e-5,
+        )
+        sums, *grads = module.grad_moments(
+            grad_output, input, moments, parameters, parameters, 1e-5
+        )
+        grad_input = module.grad_input(grad_output, input, moments, sums, weight, 1e-5)
+        results.append((output, mean, variance, counter, sums, *grads, grad_input))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        limit = TOLERANCE[torch.float16] if actual.dtype.itemsize == 2 else SUM_TOLERANCE
+        assert oracle.relative_error(actual, expected) <= limit
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_finite_stays_in_its_channel(layout, value):
+    tensors = operands((3, 4, 9, 9), torch.float32, layout)
+    tensors[0][1, 2, 3, 4] = value
+    result, plain = (run_steps(steps_of(module), *tensors) for module in (cpu, reference))
+    for name, actual in vars(result).items():
+        expected = getattr(plain, name)
+        assert torch.equal(actual.isfinite(), expected.isfinite()), name
+        if actual.dim():
+            channels = actual.transpose(0, 1) if actual.dim() > 1 else actual
+            assert channels[[0, 1, 3]].isfinite().all(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_another_dtype_keeps_its_digits(layout):
+    input, grad_output, weight, bias = operands((4, 3, 20, 20), torch.bfloat16, layout)
+    grad_output = grad_output.float() + 1e-4
+    result, plain = (
+        run_steps(steps_of(module), input, grad_output, weight, bias) for module in (cpu, reference)
+    )
+    assert oracle.relative_error(result.grad_bias, plain.grad_bias) <= SUM_TOLERANCE
+    assert oracle.relative_error(result.grad_weight, plain.grad_weight) <= SUM_TOLERANCE
+
+
+def test_several_threads_compute_the_same():
+    tensors = operands((5, 6, 30, 30), torch.bfloat16, LAYOUTS[0])
+    alone = run_steps(steps_of(cpu), *tensors)
+    torch.set_num_threads(2)
+    try:
+        together = run_steps(steps_of(cpu), *tensors)
+    finally:
+        torch.set_num_threads(1)
+    for name, actual in vars(together).items():
+        limit = TOLERANCE.get(actual.dtype, 0.0)
+        assert oracle.relative_error(actual, getattr(alone, name)) <= limit, name
+
+
+def test_buffers_outlive_inference_mode_and_a_default_device(monkeypatch):
+    monkeypatch.setattr(cpu, "_kept", type(cpu._kept)())
+    tensors = operands((4, 3, 20, 20), torch.bfloat16, LAYOUTS[0])
+    with torch.inference_mode(), torch.device("meta"):
+        sums = torch.zeros(6, dtype=torch.float64, device="cpu")
+        moments = cpu.moments(tensors[0])
+        first = cpu.grad_input(tensors[1], tensors[0], moments, sums, None, 1e-5)
+    again = cpu.grad_input(tensors[1], tensors[0], moments.clone(), sums, None, 1e-5)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("change", [lambda sums: sums.mul_(2.0), lambda sums: sums.data.mul_(2.0)])
+def test_moments_may_change_after_they_were_used(change):
+    """In place, as an all_reduce does, of which torch takes no notice."""
+    input, _, weight, bias = operands((4, 3, 20), torch.float32, LAYOUTS[0])
+    moments = cpu.moments(input)
+    moments[-1] *= 0.5
+    cpu.normalize(input, moments, weight, bias, eps=1e-5)
+    change(moments)
+    output = cpu.normalize(input, moments, weight, bias, eps=1e-5)
+    assert torch.equal(output, cpu.normalize(input, moments.clone(), weight, bias, eps=1e-5))
+
+
+def test_operators_run_it(plain_torch):
+    assert ops._step("moments", "cpu") is cpu.moments
