@@ -48,7 +48,7 @@ def _worst(difference: NDArray, allowed: NDArray) -> float:
     return float(np.inf if np.isnan(ratio).any() else ratio.max())
 
 
-def _of_neighbours(kernel: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Error:
+def of_neighbours(kernel: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Error:
     """Floats between two tensors, of any dtype: 1 where they are neighbours."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
 
@@ -63,6 +63,23 @@ def _of_neighbours(kernel: str, what: str, actual: torch.Tensor, expected: torch
     if actual.is_floating_point() and not actual.isfinite().all():
         largest = np.inf
     return Error(kernel, what, _name(actual), largest, largest == 0)
+
+
+def of_equal(kernel: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Error:
+    """What has to be the same to the last bit."""
+    same = torch.equal(actual, expected)
+    return Error(kernel, what, _name(actual), 0.0 if same else np.inf, same)
+
+
+def of_block_sums(actual: torch.Tensor, expected: torch.Tensor, grad: torch.Tensor) -> Error:
+    """Sums in a block, against the reference's: of terms near 1, as many as a channel has values;
+    each of the two has a rounding of the activation's gradient in every term, and those of a sum.
+    """
+    terms = max(grad.numel() // grad.shape[1], 1)
+    error = _worst(_long(actual) - _long(expected), OF_PRODUCTS * 4 * terms)
+    return Error(
+        "grad_moments", "sums of a block", _name(grad), error, torch.equal(actual, expected)
+    )
 
 
 def _name(tensor: torch.Tensor) -> str:
@@ -142,7 +159,7 @@ class Exact:
             if len(made):
                 if made.dtype != torch.float64:  # by way of float32
                     total = total.float()
-                yield _of_neighbours("grad_moments", f"grad_{what}", made, total.to(made.dtype))
+                yield of_neighbours("grad_moments", f"grad_{what}", made, total.to(made.dtype))
 
     def of_normalize(
         self, sums: torch.Tensor, actual: torch.Tensor, expected: torch.Tensor
@@ -172,7 +189,7 @@ class Exact:
             if tensor is None:
                 continue
             if tensor.dtype != torch.float64:
-                error = _of_neighbours("normalize", name, tensor, expected[name])
+                error = of_neighbours("normalize", name, tensor, expected[name])
                 if name == "num_batches_tracked" and not error.identical:
                     error = error._replace(error=np.inf)
                 yield error
@@ -212,7 +229,7 @@ class Exact:
     ) -> Error:
         """Against the reference, or for float64 against 80-bit numbers."""
         if not self.is_double:
-            return _of_neighbours(kernel, what, actual, of_reference)
+            return of_neighbours(kernel, what, actual, of_reference)
         difference = self._rows(actual) - exact
         return Error(kernel, what, self.dtype, _worst(difference, allowed), not difference.any())
 

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -25,7 +25,8 @@ from triton_syncbn.kernels.launch_config import (
 
 from tests.support.ptx.launch import Launch, executed_instead_of_launched
 from tests.support.ptx.parsing import Kernel
-from triton_syncbn import reference
+from triton_syncbn import ops, reference
+from triton_syncbn.activations import ACTIVATIONS
 
 from . import errors
 from .errors import Error
@@ -43,7 +44,7 @@ class Variant(NamedTuple):
 
     weight, bias, running: dtypes, or None where there is none. splits, warps: of each channel or
     block, and of a program; None: as by default. wide: 64-bit offsets. beside: tensors begin that
-    many elements after an aligned address.
+    many elements after an aligned address. activation, residual: of the block that the layer is in.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +59,8 @@ class Variant(NamedTuple):
     warps: int | None = None
     wide: bool = False
     beside: int = 0
+    activation: str | None = None
+    residual: bool = False
 
     def __str__(self) -> str:
         default = Variant(self.shape)._asdict()
@@ -116,6 +119,15 @@ MANY_PROGRAMS = [
 ]
 
 
+# A gated activation and a smooth one; gates of a bit, and of a byte.
+BLOCKS = [
+    Variant(shape, torch.bfloat16, layout, activation=activation, residual=residual)
+    for shape, layout, activation, residual in itertools.product(
+        (ALIGNED, ODD), LAYOUTS, ("relu", "silu"), (False, True)
+    )
+]
+
+
 def all_variants() -> list[Variant]:
     """Every map, dtype and layout; and for some of them all flags and all ways to launch."""
     maps = [Variant(*chosen) for chosen in itertools.product(MAPS, DTYPES, LAYOUTS)]
@@ -125,7 +137,7 @@ def all_variants() -> list[Variant]:
             (ALIGNED, ODD), (torch.float32, torch.bfloat16), LAYOUTS, FLAGS + LAUNCHES
         )
     ]
-    return maps + others + MANY_PROGRAMS
+    return maps + others + MANY_PROGRAMS + BLOCKS
 
 
 def few_variants() -> list[Variant]:
@@ -137,6 +149,8 @@ def few_variants() -> list[Variant]:
         Variant((8, 16, 9, 11), torch.float16, "channels_last", weight=None, bias=None),
         Variant(ODD, torch.float64, "channels_first", wide=True),
         Variant((0, 8, 4, 4), torch.float32),
+        Variant(ALIGNED, torch.bfloat16, activation="relu", residual=True),
+        Variant(ODD, torch.bfloat16, "channels_last", activation="silu", residual=True),
     ]
 
 
@@ -150,6 +164,15 @@ class Inputs(NamedTuple):
     running_mean: torch.Tensor | None
     running_var: torch.Tensor | None
     num_batches_tracked: torch.Tensor | None
+    residual: torch.Tensor | None = None
+
+    def buffers(self) -> dict[str, torch.Tensor | None]:
+        """What a forward changes, copied."""
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        return {
+            name: None if (tensor := getattr(self, name)) is None else tensor.clone()
+            for name in names
+        }
 
 
 def draw(variant: Variant) -> Inputs:
@@ -183,7 +206,40 @@ def draw(variant: Variant) -> Inputs:
         place(normal(channels), variant.running),
         place(normal(channels).exp(), variant.running),
         torch.tensor(3) if variant.counter else None,
+        map_of(normal(*variant.shape)) if variant.residual else None,
     )
+
+
+class Block:
+    """What the steps are given of the block that a layer is in; nothing for a layer alone."""
+
+    def __init__(self, variant: Variant, drawn: Inputs) -> None:
+        self.drawn = drawn
+        self.settings: dict[str, Any] = {}
+        self.gates = None
+        if variant.activation is not None:
+            self.settings = {"activation": variant.activation}
+            if variant.residual and ACTIVATIONS[variant.activation].gated:
+                self.gates = ops.new_gates(drawn.input, True)
+                reference.normalize(
+                    *(drawn.input, reference.moments(drawn.input), drawn.weight, drawn.bias),
+                    **{"eps": EPS, **self.in_forward(self.gates)},
+                )
+
+    def in_forward(self, gates: torch.Tensor | None) -> dict[str, Any]:
+        """Settings of normalize."""
+        if self.drawn.residual is None:
+            return self.settings
+        return {**self.settings, "residual": self.drawn.residual, "gates": gates}
+
+    def in_backward(self) -> dict[str, Any]:
+        """Settings of the other two."""
+        if not self.settings:
+            return {}
+        kept = (
+            {"gates": self.gates} if self.gates is not None else {"residual": self.drawn.residual}
+        )
+        return {**self.settings, "bias": self.drawn.bias, **kept}
 
 
 def config_of(kernel: str, variant: Variant, input: torch.Tensor, capability: int) -> LaunchConfig:
@@ -236,6 +292,7 @@ def run(
         name: config_of(name, variant, drawn.input, capability)
         for name in ("moments", "normalize", "grad_moments", "grad_input")
     }
+    block = Block(variant, drawn)
     found: list[Error] = []
     wanted = (lambda name: True) if kernel is None else kernel.__eq__
     with (
@@ -254,26 +311,52 @@ def run(
             options = {"momentum": variant.momentum, "eps": EPS}
             if variant.momentum is None and not variant.counter:
                 options["momentum"] = 0.1
-            of_reference, of_kernel = (
-                {
-                    name: None if tensor is None else tensor.clone()
-                    for name, tensor in list(drawn._asdict().items())[4:]
-                }
-                for _ in range(2)
+            of_reference, of_kernel = drawn.buffers(), drawn.buffers()
+            gates = [None, None] if block.gates is None else [block.gates, block.gates.clone()]
+            expected = reference.normalize(
+                *arguments, **of_reference, **options, **block.in_forward(gates[0])
             )
-            expected = reference.normalize(*arguments, **of_reference, **options)
             actual = normalize.normalize(
-                *arguments, **of_kernel, **options, config=config["normalize"]
+                *arguments,
+                **of_kernel,
+                **options,
+                **block.in_forward(gates[1]),
+                config=config["normalize"],
             )
             found += exact.of_normalize(sums, actual, expected)
+            if block.gates is not None:
+                found.append(errors.of_equal("normalize", "gates", gates[1], gates[0]))
             found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
+        of_block = block.in_backward()
         if wanted("grad_moments"):
             arguments = (drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS)
-            actual = grad_moments.grad_moments(*arguments, config=config["grad_moments"])
-            found += exact.of_grad_moments(sums, *actual)
+            weights = {"weight": drawn.weight} if of_block else {}
+            actual = grad_moments.grad_moments(
+                *arguments, **weights, **of_block, config=config["grad_moments"]
+            )
+            if of_block:
+                plain = reference.grad_moments(*arguments, **weights, **of_block)
+                found.append(errors.of_block_sums(actual[0], plain[0], drawn.grad_output))
+            else:
+                found += exact.of_grad_moments(sums, *actual)
         if wanted("grad_input"):
             arguments = (drawn.grad_output, drawn.input, sums, products, drawn.weight, EPS)
-            expected = reference.grad_input(*arguments)
-            actual = grad_input.grad_input(*arguments, config=config["grad_input"])
+            others = [torch.empty_like(drawn.input) for _ in range(2)] if variant.residual else []
+            expected, actual = (
+                step(
+                    *arguments,
+                    **of_block,
+                    **({"grad_residual": others[n]} if of_block and others else {}),
+                    **how,
+                )
+                for n, (step, how) in enumerate(
+                    [
+                        (reference.grad_input, {}),
+                        (grad_input.grad_input, {"config": config["grad_input"]}),
+                    ]
+                )
+            )
             found += exact.of_grad_input(sums, products, actual, expected)
+            if of_block and others:
+                found.append(errors.of_neighbours("grad_input", "dresidual", *reversed(others)))
     return found, launches
