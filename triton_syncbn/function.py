@@ -66,11 +66,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 block["keeps_gates"] = True
             elif residual is not None:
                 saved["residual"] = residual
-        if residual is None and running_mean is not None and not setting.frozen:
-            operator = ops.normalize
-        else:
-            operator = ops.normalize_block
-        output = operator(
+        is_alone = not block and not saved and running_mean is not None
+        output = (ops.normalize if is_alone else ops.normalize_block)(
             input,
             moments,
             weight,
@@ -82,7 +79,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             eps=setting.eps,
             **block,
         )
-        if isinstance(output, tuple):
+        if not is_alone:
             output, gates = output
             if "keeps_gates" in block:
                 saved["gates"] = gates
@@ -115,38 +112,27 @@ class SyncBatchNormFunction(torch.autograd.Function):
                     gradients, dtypes, ctx.needs_input_grad[:4], strict=True
                 )
             ), *[None] * 4
-        if setting.activation is not None:
-            block.update(activation=setting.activation, activation_slope=setting.activation_slope)
-        grad_moments = grad_weight = grad_bias = grad_input = None
-        if not setting.frozen or needs_weight or needs_bias:
-            extra = {"weight": weight, **block} if block else {}
+        of_weight = weight.dtype if needs_weight else None
+        of_bias = ctx.bias_dtype if needs_bias else None
+        if not block:
             grad_moments, grad_weight, grad_bias = ops.grad_moments(
-                grad_output,
-                input,
-                moments,
-                weight.dtype if needs_weight else None,
-                ctx.bias_dtype if needs_bias else None,
-                setting.eps,
-                **extra,
+                grad_output, input, moments, of_weight, of_bias, setting.eps
             )
-        grad_residual = grad_output if needs_residual else None
-        if needs_input or (needs_residual and setting.activation is not None):
-            if setting.group is not None and needs_input and grad_moments is not None:
-                grad_moments = all_reduce(
-                    grad_moments, setting.group, setting.layer_name, "backward"
+            grad_input = None
+            if needs_input:
+                if setting.group is not None:
+                    grad_moments = all_reduce(
+                        grad_moments, setting.group, setting.layer_name, "backward"
+                    )
+                grad_input = ops.grad_input(
+                    grad_output, input, moments, grad_moments, weight, setting.eps
                 )
-            both = needs_residual and setting.activation is not None
-            grad_input = (ops.grad_input_block if both else ops.grad_input)(
-                grad_output,
-                input,
-                moments,
-                None if setting.frozen else grad_moments,
-                weight,
-                setting.eps,
-                **block,
+            grad_residual = grad_output if needs_residual else None
+        else:
+            grad_input, grad_weight, grad_bias, grad_residual = _gradients_of_block(
+                *(grad_output, input, weight, moments, setting, block),
+                *((of_weight, of_bias), ctx.needs_input_grad),
             )
-            if both:
-                grad_input, grad_residual = grad_input
         return (
             grad_input if needs_input else None,
             grad_weight if needs_weight else None,
@@ -154,6 +140,42 @@ class SyncBatchNormFunction(torch.autograd.Function):
             grad_residual,
             *[None] * 4,
         )
+
+
+def _gradients_of_block(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    moments: Tensor | None,
+    setting: Setting,
+    block: dict[str, Any],
+    dtypes: tuple[Any, Any],
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias and residual, of an activation or of a frozen layer."""
+    needs_input, needs_weight, needs_bias, needs_residual = needs[:4]
+    grad_moments = grad_weight = grad_bias = grad_input = None
+    makes_residual = needs_residual and setting.activation is not None
+    if setting.activation is not None:
+        block.update(activation=setting.activation, activation_slope=setting.activation_slope)
+    if not setting.frozen or needs_weight or needs_bias:
+        grad_moments, grad_weight, grad_bias = ops.grad_moments_block(
+            *(grad_output, input, moments, *dtypes, setting.eps), weight=weight, **block
+        )
+    grad_residual = grad_output if needs_residual else None
+    if needs_input or makes_residual:
+        if setting.group is not None and needs_input and grad_moments is not None:
+            grad_moments = all_reduce(grad_moments, setting.group, setting.layer_name, "backward")
+        if setting.frozen:
+            grad_moments = None
+        grad_input, made = ops.grad_input_block(
+            *(grad_output, input, moments, grad_moments, weight, setting.eps),
+            **block,
+            makes_residual=makes_residual,
+        )
+        if makes_residual:
+            grad_residual = made
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
 def _moments_of_all_ranks(input: Tensor, setting: Setting) -> Tensor:

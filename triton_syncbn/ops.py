@@ -25,32 +25,39 @@ _BUFFERS = (
 )
 _STATISTICS = "Tensor? running_mean=None, Tensor? running_var=None"
 _ACTIVATION = "str? activation=None, float activation_slope=0.0"
-_GRAD_INPUT = (
-    "(Tensor grad_output, Tensor input, Tensor? moments, Tensor? grad_moments, Tensor? weight, "
-    f"float eps, *, Tensor? bias=None, {_STATISTICS}, Tensor? residual=None, "
-    f"Tensor? gates=None, {_ACTIVATION})"
-)
-# Where a step makes a second map it is another operator, `_block`. It returns two tensors, one of
-# them empty if it is not asked for. torch 2.13 cannot compile an operator that returns one and is
-# given none of the buffers that it may change: a layer without running statistics takes the other.
+# A step of a block is an operator of its own, `_block`, as each argument that an operator may have
+# costs time, of a layer alone, too. Where it makes a second map it returns two tensors, the second
+# empty if it is not asked for. A layer without running statistics takes `normalize_block`: torch
+# 2.13 cannot compile an operator that returns one tensor and is given nothing that it may change.
 _SCHEMAS = {
     "moments": "(Tensor input) -> Tensor",
     "normalize": (
-        f"(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, {_BUFFERS}, float eps, "
-        f"{_ACTIVATION}) -> Tensor"
+        f"(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, {_BUFFERS}, float eps) "
+        "-> Tensor"
     ),
     "normalize_block": (
         f"(Tensor input, Tensor? moments, Tensor? weight, Tensor? bias, *, {_BUFFERS}, float eps, "
         f"Tensor? residual=None, bool keeps_gates=False, {_ACTIVATION}) -> (Tensor, Tensor)"
     ),
     "grad_moments": (
+        "(Tensor grad_output, Tensor input, Tensor moments, ScalarType? weight_dtype, "
+        "ScalarType? bias_dtype, float eps) -> (Tensor, Tensor, Tensor)"
+    ),
+    "grad_moments_block": (
         "(Tensor grad_output, Tensor input, Tensor? moments, ScalarType? weight_dtype, "
         "ScalarType? bias_dtype, float eps, *, Tensor? weight=None, Tensor? bias=None, "
         f"{_STATISTICS}, Tensor? residual=None, Tensor? gates=None, {_ACTIVATION}) "
         "-> (Tensor, Tensor, Tensor)"
     ),
-    "grad_input": f"{_GRAD_INPUT} -> Tensor",
-    "grad_input_block": f"{_GRAD_INPUT} -> (Tensor, Tensor)",
+    "grad_input": (
+        "(Tensor grad_output, Tensor input, Tensor moments, Tensor grad_moments, Tensor? weight, "
+        "float eps) -> Tensor"
+    ),
+    "grad_input_block": (
+        "(Tensor grad_output, Tensor input, Tensor? moments, Tensor? grad_moments, "
+        f"Tensor? weight, float eps, *, Tensor? bias=None, {_STATISTICS}, Tensor? residual=None, "
+        f"Tensor? gates=None, bool makes_residual=False, {_ACTIVATION}) -> (Tensor, Tensor)"
+    ),
 }
 
 
@@ -117,21 +124,12 @@ def _moments(input: Tensor) -> Tensor:
     return _run("moments", dense(input))
 
 
-def _normalize(
-    input: Tensor,
-    moments: Tensor | None,
-    *arguments: Any,
-    residual: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
+def _normalize(input: Tensor, moments: Tensor | None, *arguments: Any, **settings: Any) -> Tensor:
     if moments is not None and torch._C._current_graph_task_id() != -1:
         # In a backward, so activation checkpointing computes a forward again, whose batch the
         # running statistics have seen. Decided here, as a compiled graph has no other place for it.
         settings.update(running_mean=None, running_var=None, num_batches_tracked=None)
-    input = dense(input)
-    if residual is not None:
-        settings["residual"] = laid_out_like(residual, input)
-    return _run("normalize", input, moments, *arguments, **settings)
+    return _run("normalize", dense(input), moments, *arguments, **settings)
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -147,38 +145,55 @@ def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
 
 
 def _normalize_block(
-    input: Tensor, *arguments: Any, keeps_gates: bool = False, **settings: Any
+    input: Tensor,
+    *arguments: Any,
+    residual: Tensor | None = None,
+    keeps_gates: bool = False,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     gates = new_gates(input, keeps_gates)
-    return _normalize(input, *arguments, gates=gates if keeps_gates else None, **settings), gates
+    settings.update(_beside(input, residual), gates=gates if keeps_gates else None)
+    return _normalize(input, *arguments, **settings), gates
 
 
-def _backward_step(name: str) -> Callable[..., Any]:
-    def run(
-        grad_output: Tensor,
-        input: Tensor,
-        *arguments: Any,
-        residual: Tensor | None = None,
-        **settings: Any,
-    ) -> Any:
-        input = dense(input)
-        if residual is not None:
-            settings["residual"] = laid_out_like(residual, input)
-        return _run(name, laid_out_like(grad_output, input), input, *arguments, **settings)
+def _grad_moments(
+    grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    return _run("grad_moments", laid_out_like(grad_output, input), input, *arguments, **block)
 
-    return run
+
+def _grad_moments_block(
+    grad_output: Tensor,
+    input: Tensor,
+    *arguments: Any,
+    residual: Tensor | None = None,
+    **block: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _grad_moments(grad_output, input, *arguments, **_beside(input, residual), **block)
+
+
+def _grad_input(grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any) -> Tensor:
+    input = dense(input)
+    return _run("grad_input", laid_out_like(grad_output, input), input, *arguments, **block)
 
 
 def _grad_input_block(
-    grad_output: Tensor, input: Tensor, *arguments: Any, **settings: Any
+    grad_output: Tensor,
+    input: Tensor,
+    *arguments: Any,
+    residual: Tensor | None = None,
+    makes_residual: bool = False,
+    **block: Any,
 ) -> tuple[Tensor, Tensor]:
-    grad_residual = torch.empty_like(dense(input))
-    grad = _grad_input(grad_output, input, *arguments, grad_residual=grad_residual, **settings)
-    return grad, grad_residual
+    grad_residual = torch.empty_like(dense(input)) if makes_residual else input.new_empty(0)
+    block.update(_beside(input, residual), grad_residual=grad_residual if makes_residual else None)
+    return _grad_input(grad_output, input, *arguments, **block), grad_residual
 
 
-_grad_moments = _backward_step("grad_moments")
-_grad_input = _backward_step("grad_input")
+def _beside(input: Tensor, residual: Tensor | None) -> dict[str, Any]:
+    """The residual as a step is given it, in memory as the input is."""
+    return {"residual": None if residual is None else laid_out_like(residual, dense(input))}
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -254,9 +269,10 @@ def _grad_input_shape(grad_output: Tensor, input: Tensor, *arguments: Any, **blo
 
 
 def _grad_input_block_shape(
-    grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any
+    grad_output: Tensor, input: Tensor, *arguments: Any, makes_residual: bool = False, **block: Any
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dense(input)), torch.empty_like(dense(input))
+    gradient = torch.empty_like(dense(input))
+    return gradient, torch.empty_like(gradient) if makes_residual else input.new_empty(0)
 
 
 _library = torch.library.Library("triton_syncbn", "DEF")
@@ -265,6 +281,7 @@ for _name, _implementation, _shape in (
     ("normalize", _normalize, _normalize_shape),
     ("normalize_block", _normalize_block, _normalize_block_shape),
     ("grad_moments", _grad_moments, _grad_moments_shape),
+    ("grad_moments_block", _grad_moments_block, _grad_moments_shape),
     ("grad_input", _grad_input, _grad_input_shape),
     ("grad_input_block", _grad_input_block, _grad_input_block_shape),
 ):
@@ -277,5 +294,6 @@ moments = torch.ops.triton_syncbn.moments.default
 normalize = torch.ops.triton_syncbn.normalize.default
 normalize_block = torch.ops.triton_syncbn.normalize_block.default
 grad_moments = torch.ops.triton_syncbn.grad_moments.default
+grad_moments_block = torch.ops.triton_syncbn.grad_moments_block.default
 grad_input = torch.ops.triton_syncbn.grad_input.default
 grad_input_block = torch.ops.triton_syncbn.grad_input_block.default
