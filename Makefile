@@ -12,7 +12,7 @@ RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python3
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
-	@echo "make gpu OUT=folder   on a machine with a GPU: its tests, the whole comparison and plots, into a folder"
+	@echo "make gpu OUT=folder   on a machine with a GPU: its tests, the comparisons, tuning, into a folder; ARGS=--list"
 	@echo "make tune      find configs for the GPU of this machine; ARGS='--resume --budget 30' goes on for half an hour"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
@@ -36,21 +36,8 @@ help:
 compare: $(ENVIRONMENT)
 	$(RUN) perf/compare.py --csv build/compare/rows.csv --plots build/compare $(ARGS)
 
-# All of it runs, whatever the first parts say; the exit status is that of what failed.
 gpu: $(ENVIRONMENT)
-	@test -n "$(OUT)" || { echo "make gpu: say where to write: make gpu OUT=folder"; exit 2; }
-	@$(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
-		{ echo "make gpu: expected a GPU, found none"; exit 2; }
-	@mkdir -p "$(OUT)"
-	@status=0; \
-	$(RUN) -m pytest -m gpu > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
-	tail -n 20 "$(OUT)/tests.txt"; \
-	$(RUN) perf/compare.py --dtype bf16 fp32 --layout channels_first channels_last \
-		--csv "$(OUT)/rows.csv" --plots "$(OUT)" $(ARGS) > "$(OUT)/compare.txt" || status=$$?; \
-	cat "$(OUT)/compare.txt"; \
-	$(RUN) perf/compare.py --scale --csv "$(OUT)/scale.csv" --plots "$(OUT)" || status=$$?; \
-	$(RUN) perf/compare.py --model resnet50 deeplab unet3d --csv "$(OUT)/models.csv" || status=$$?; \
-	exit $$status
+	@$(RUN) perf/on_gpu.py $(OUT) $(ARGS)
 
 tune: $(ENVIRONMENT)
 	$(RUN) perf/tune.py --write $(ARGS)
