@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import convert, groups
+from . import groups
+from .conversion import convert
 from .functional import activate, sync_batch_norm
 
 _numbers = itertools.count()  # of the layers that are made, so that each has a name
@@ -243,7 +244,7 @@ class SyncBN(_BatchNorm):
         A subclass whose forward normalizes in a way that cannot be exchanged is left as it is, with
         a warning that names the layer, its class and what its forward does. A forward can be
         exchanged if it normalizes by `super().forward` or by `F.batch_norm` on its own running
-        statistics; `triton_syncbn.subclass_forward.fault` has the whole rule.
+        statistics; `triton_syncbn.conversion.subclass_forward.fault` has the whole rule.
 
         With `fuse`, a layer takes on the activation that follows it, and the add between them, so
         that they cost no pass over memory; see the activation and residual of `sync_batch_norm`.
@@ -275,8 +276,8 @@ class SyncBN(_BatchNorm):
     def revert_sync_batchnorm(cls, module: torch.nn.Module) -> torch.nn.Module:
         """Give every layer that was converted to this class its own class back, in place.
 
-        A layer that was made as a SyncBN becomes a `triton_syncbn.convert.BatchNorm`, batch
-        normalization of each process alone. Returns the module itself.
+        A layer that was made as a SyncBN becomes a `triton_syncbn.conversion.convert.BatchNorm`,
+        batch normalization of each process alone. Returns the module itself.
 
         Raises:
             ValueError: a layer is parametrized, wrapped by `fully_shard`, frozen, or made with an

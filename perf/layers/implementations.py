@@ -15,7 +15,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNormFunct
 import triton_syncbn
 from layers.gather_syncbn import GatherSyncBN
 from triton_syncbn import functional
-from triton_syncbn.convert import BatchNorm
+from triton_syncbn.conversion.convert import BatchNorm
 
 OURS = "triton_syncbn"
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.networks import CLASSES
-from triton_syncbn.convert import convert_layers
+from triton_syncbn.conversion.convert import convert_layers
 
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9

@@ -15,7 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 from tests.support import subclasses
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm, subclass_forward
+from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm
+from triton_syncbn.conversion import subclass_forward
 
 CHANNELS = 3
 SIZES = (4, 1)

@@ -19,7 +19,7 @@ from models.training_step import error_of_losses
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import triton_syncbn
-from triton_syncbn.convert import BatchNorm
+from triton_syncbn.conversion.convert import BatchNorm
 
 
 def made_without_memory(name):
