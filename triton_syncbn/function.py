@@ -9,6 +9,7 @@ from . import differentiable, ops
 from .activations import ACTIVATIONS
 from .checkpointing import keep_sums, take_sums, this_thread
 from .communication import all_reduce
+from .operands import BlockOperands, RunningStatistics
 
 
 class Setting(NamedTuple):
@@ -48,26 +49,25 @@ class SyncBatchNormFunction(torch.autograd.Function):
         setting: Setting,
     ) -> Tensor:
         """Normalize (N, C, *spatial), unchecked."""
-        moments = None
-        if not setting.frozen:
-            moments = _moments_of_all_ranks(input, setting)
-        activation = setting.activation
-        block: dict[str, Any] = {}
+        buffers = running_mean, running_var, num_batches_tracked
+        steps = ops.steps_for(input, weight, bias, residual, *buffers)
+        moments = None if setting.frozen else _moments_of_all_ranks(steps, input, setting)
         saved: dict[str, Tensor | None] = {}
+        block: dict[str, Any] = {}
         if setting.frozen:
             # else the buffers are not saved: they change before backward if the layer runs twice
             saved = {"running_mean": running_mean, "running_var": running_var}
         if residual is not None:
             block["residual"] = residual
-        if activation is not None:
-            block.update(activation=activation, activation_slope=setting.activation_slope)
+        if setting.activation is not None:
+            block.update(activation=setting.activation, activation_slope=setting.activation_slope)
             saved["bias"] = bias
-            if residual is not None and ACTIVATIONS[activation].gated:
+            if residual is not None and ACTIVATIONS[setting.activation].gated:
                 block["keeps_gates"] = True
             elif residual is not None:
                 saved["residual"] = residual
         is_alone = not block and not saved and running_mean is not None
-        output = (ops.normalize if is_alone else ops.normalize_block)(
+        output = (steps.normalize if is_alone else steps.normalize_block)(
             input,
             moments,
             weight,
@@ -93,44 +93,32 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight, bias and residual."""
         input, weight, moments, *others = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         setting: Setting = ctx.setting
-        block: dict[str, Any] = dict(zip(ctx.names, others, strict=True))
+        saved: dict[str, Any] = dict(zip(ctx.names, others, strict=True))
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = differentiable.gradients(
-                grad_output, input, weight, moments, setting, **block
-            )
-            dtypes = (
-                input.dtype,
-                None if weight is None else weight.dtype,
-                ctx.bias_dtype,
-                input.dtype,
-            )
-            return *(
-                gradient.to(dtype) if needed else None
-                for gradient, dtype, needed in zip(
-                    gradients, dtypes, ctx.needs_input_grad[:4], strict=True
-                )
-            ), *[None] * 4
+            return _differentiable_gradients(ctx, grad_output, input, weight, moments, saved)
+        steps = ops.steps_for(grad_output, input, weight, *others)
+        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         of_weight = weight.dtype if needs_weight else None
         of_bias = ctx.bias_dtype if needs_bias else None
-        if not block:
-            grad_moments, grad_weight, grad_bias = ops.grad_moments(
+        grad_input = grad_residual = None
+        if not saved:
+            grad_moments, grad_weight, grad_bias = steps.grad_moments(
                 grad_output, input, moments, of_weight, of_bias, setting.eps
             )
-            grad_input = None
             if needs_input:
                 if setting.group is not None:
                     grad_moments = all_reduce(
                         grad_moments, setting.group, setting.layer_name, "backward"
                     )
-                grad_input = ops.grad_input(
+                grad_input = steps.grad_input(
                     grad_output, input, moments, grad_moments, weight, setting.eps
                 )
-            grad_residual = grad_output if needs_residual else None
+            if needs_residual:
+                grad_residual = grad_output
         else:
             grad_input, grad_weight, grad_bias, grad_residual = _gradients_of_block(
-                *(grad_output, input, weight, moments, setting, block),
+                *(steps, grad_output, input, weight, moments, setting, saved),
                 *((of_weight, of_bias), ctx.needs_input_grad),
             )
         return (
@@ -142,7 +130,30 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
 
 
+def _differentiable_gradients(
+    ctx: Any,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    moments: Tensor | None,
+    saved: dict[str, Any],
+) -> tuple[Tensor | None, ...]:
+    """What backward returns, by operators that torch can differentiate."""
+    setting: Setting = ctx.setting
+    running = RunningStatistics(saved.pop("running_mean", None), saved.pop("running_var", None))
+    block = BlockOperands(setting.activation, setting.activation_slope, running=running, **saved)
+    gradients = differentiable.gradients(grad_output, input, weight, moments, setting, block)
+    dtypes = input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype, input.dtype
+    return *(
+        gradient.to(dtype) if needed else None
+        for gradient, dtype, needed in zip(
+            gradients, dtypes, ctx.needs_input_grad[:4], strict=True
+        )
+    ), *[None] * 4
+
+
 def _gradients_of_block(
+    steps: ops.Steps,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
@@ -159,7 +170,7 @@ def _gradients_of_block(
     if setting.activation is not None:
         block.update(activation=setting.activation, activation_slope=setting.activation_slope)
     if not setting.frozen or needs_weight or needs_bias:
-        grad_moments, grad_weight, grad_bias = ops.grad_moments_block(
+        grad_moments, grad_weight, grad_bias = steps.grad_moments_block(
             *(grad_output, input, moments, *dtypes, setting.eps), weight=weight, **block
         )
     grad_residual = grad_output if needs_residual else None
@@ -168,7 +179,7 @@ def _gradients_of_block(
             grad_moments = all_reduce(grad_moments, setting.group, setting.layer_name, "backward")
         if setting.frozen:
             grad_moments = None
-        grad_input, made = ops.grad_input_block(
+        grad_input, made = steps.grad_input_block(
             *(grad_output, input, moments, grad_moments, weight, setting.eps),
             **block,
             makes_residual=makes_residual,
@@ -178,13 +189,13 @@ def _gradients_of_block(
     return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def _moments_of_all_ranks(input: Tensor, setting: Setting) -> Tensor:
+def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:
     if setting.group is None:
-        return ops.moments(input)
+        return steps.moments(input)
     if torch.compiler.is_compiling() or not this_thread.regions:
-        return all_reduce(ops.moments(input), setting.group, setting.layer_name, "forward")
+        return all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
     moments = take_sums(setting.layer_name)
     if moments is None:
-        moments = all_reduce(ops.moments(input), setting.group, setting.layer_name, "forward")
+        moments = all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
     keep_sums(moments, setting.layer_name)
     return moments

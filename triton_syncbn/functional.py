@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from . import differentiable, groups
 from .activations import ACTIVATIONS
 from .function import Setting, SyncBatchNormFunction
+from .operands import RunningStatistics
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -125,8 +126,9 @@ def sync_batch_norm(
     bias = None if bias is None else bias.contiguous()
     buffers = running_mean, running_var, num_batches_tracked
     if in_plain_torch:
+        running = RunningStatistics(*buffers, momentum)
         output = differentiable.batch_norm(
-            input, weight, bias, *buffers, momentum, eps, group, layer_name
+            input, weight, bias, running, eps, group, layer_name
         )
         return _add_and_activate(output, residual, activation, activation_slope)
     setting = Setting(momentum, eps, group, layer_name, not training, activation, activation_slope)

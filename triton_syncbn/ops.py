@@ -12,12 +12,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .operands import LAYER_ALONE, BlockOperands, RunningStatistics
 
 _BUFFERS = (
     "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
@@ -101,35 +102,47 @@ def _step(name: str, device_type: str) -> Callable[..., Any]:
     return getattr(cpu if device_type == "cpu" else reference, name)
 
 
-def _is_of_block(name: str, arguments: Sequence[Any], settings: dict[str, Any]) -> bool:
-    """Whether a step has an activation or a residual, or statistics that are frozen."""
-    if settings.keys() & {"activation", "residual", "gates", "grad_residual"}:
-        return True
-    return name != "moments" and arguments[1 if name == "normalize" else 2] is None
-
-
-def _run(name: str, *arguments: Any, **settings: Any) -> Any:
+def _run(
+    name: str, *arguments: Any, block: BlockOperands = LAYER_ALONE, **running: RunningStatistics
+) -> Any:
     """Run a step on the device of its tensors: Triton launches on the current one."""
     device = arguments[0].device
     step = _step(name, device.type)
-    if step.__module__ == cpu.__name__ and _is_of_block(name, arguments, settings):
-        step = getattr(reference, name)  # which has no CPU path of its own
+    of_block: dict[str, Any] = {}
+    if block is not LAYER_ALONE:
+        of_block["block"] = block
+        if step.__module__ == cpu.__name__:
+            step = getattr(reference, name)  # a block has no CPU path of its own
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return step(*arguments, **settings)
+        return step(*arguments, **running, **of_block)
     with torch.cuda.device(device):
-        return step(*arguments, **settings)
+        return step(*arguments, **running, **of_block)
 
 
 def _moments(input: Tensor) -> Tensor:
     return _run("moments", dense(input))
 
 
-def _normalize(input: Tensor, moments: Tensor | None, *arguments: Any, **settings: Any) -> Tensor:
+def _normalize(
+    input: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = None,
+    eps: float,
+    block: BlockOperands = LAYER_ALONE,
+) -> Tensor:
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     if moments is not None and torch._C._current_graph_task_id() != -1:
         # In a backward, so activation checkpointing computes a forward again, whose batch the
         # running statistics have seen. Decided here, as a compiled graph has no other place for it.
-        settings.update(running_mean=None, running_var=None, num_batches_tracked=None)
-    return _run("normalize", dense(input), moments, *arguments, **settings)
+        running = RunningStatistics(momentum=momentum)
+    tensors = dense(input), moments, weight, bias
+    return _run("normalize", *tensors, eps=eps, running=running, block=block)
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -146,54 +159,75 @@ def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
 
 def _normalize_block(
     input: Tensor,
+    moments: Tensor | None,
     *arguments: Any,
     residual: Tensor | None = None,
     keeps_gates: bool = False,
-    **settings: Any,
+    activation: str | None = None,
+    activation_slope: float = 0.0,
+    **running: Any,
 ) -> tuple[Tensor, Tensor]:
     gates = new_gates(input, keeps_gates)
-    settings.update(_beside(input, residual), gates=gates if keeps_gates else None)
-    return _normalize(input, *arguments, **settings), gates
+    block = LAYER_ALONE
+    if moments is None or activation is not None or residual is not None:
+        residual = _beside(input, residual)
+        kept = gates if keeps_gates else None
+        block = BlockOperands(activation, activation_slope, residual, kept)
+    return _normalize(input, moments, *arguments, **running, block=block), gates
 
 
 def _grad_moments(
-    grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any
+    grad_output: Tensor, input: Tensor, *arguments: Any, block: BlockOperands = LAYER_ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    return _run("grad_moments", laid_out_like(grad_output, input), input, *arguments, **block)
+    grad_output = laid_out_like(grad_output, input)
+    return _run("grad_moments", grad_output, input, *arguments, block=block)
 
 
 def _grad_moments_block(
-    grad_output: Tensor,
-    input: Tensor,
-    *arguments: Any,
-    residual: Tensor | None = None,
-    **block: Any,
+    grad_output: Tensor, input: Tensor, *arguments: Any, **operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _grad_moments(grad_output, input, *arguments, **_beside(input, residual), **block)
+    block = _block_in_backward(input, **operands)
+    return _grad_moments(grad_output, input, *arguments, block=block)
 
 
-def _grad_input(grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any) -> Tensor:
+def _grad_input(
+    grad_output: Tensor, input: Tensor, *arguments: Any, block: BlockOperands = LAYER_ALONE
+) -> Tensor:
     input = dense(input)
-    return _run("grad_input", laid_out_like(grad_output, input), input, *arguments, **block)
+    grad_output = laid_out_like(grad_output, input)
+    return _run("grad_input", grad_output, input, *arguments, block=block)
 
 
 def _grad_input_block(
     grad_output: Tensor,
     input: Tensor,
     *arguments: Any,
-    residual: Tensor | None = None,
     makes_residual: bool = False,
-    **block: Any,
+    **operands: Any,
 ) -> tuple[Tensor, Tensor]:
     grad_residual = torch.empty_like(dense(input)) if makes_residual else input.new_empty(0)
-    block.update(_beside(input, residual), grad_residual=grad_residual if makes_residual else None)
-    return _grad_input(grad_output, input, *arguments, **block), grad_residual
+    block = _block_in_backward(input, **operands)
+    if makes_residual:
+        block = block._replace(grad_residual=grad_residual)
+    return _grad_input(grad_output, input, *arguments, block=block), grad_residual
 
 
-def _beside(input: Tensor, residual: Tensor | None) -> dict[str, Any]:
+def _block_in_backward(
+    input: Tensor,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    residual: Tensor | None = None,
+    **operands: Any,
+) -> BlockOperands:
+    running = RunningStatistics(running_mean, running_var)
+    return BlockOperands(running=running, residual=_beside(input, residual), **operands)
+
+
+def _beside(input: Tensor, residual: Tensor | None) -> Tensor | None:
     """The residual as a step is given it, in memory as the input is."""
-    return {"residual": None if residual is None else laid_out_like(residual, dense(input))}
+    return None if residual is None else laid_out_like(residual, dense(input))
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -275,25 +309,55 @@ def _grad_input_block_shape(
     return gradient, torch.empty_like(gradient) if makes_residual else input.new_empty(0)
 
 
+class Steps(NamedTuple):
+    """A function for each step of a layer, and of a block."""
+
+    moments: Callable[..., Any]
+    normalize: Callable[..., Any]
+    normalize_block: Callable[..., Any]
+    grad_moments: Callable[..., Any]
+    grad_moments_block: Callable[..., Any]
+    grad_input: Callable[..., Any]
+    grad_input_block: Callable[..., Any]
+
+
+_IMPLEMENTATIONS = Steps(
+    *(_moments, _normalize, _normalize_block, _grad_moments, _grad_moments_block),
+    *(_grad_input, _grad_input_block),
+)
+_SHAPES = Steps(
+    *(_moments_shape, _normalize_shape, _normalize_block_shape),
+    *(_grad_moments_shape, _grad_moments_shape, _grad_input_shape, _grad_input_block_shape),
+)
 _library = torch.library.Library("triton_syncbn", "DEF")
-for _name, _implementation, _shape in (
-    ("moments", _moments, _moments_shape),
-    ("normalize", _normalize, _normalize_shape),
-    ("normalize_block", _normalize_block, _normalize_block_shape),
-    ("grad_moments", _grad_moments, _grad_moments_shape),
-    ("grad_moments_block", _grad_moments_block, _grad_moments_shape),
-    ("grad_input", _grad_input, _grad_input_shape),
-    ("grad_input_block", _grad_input_block, _grad_input_block_shape),
-):
+for _name, _implementation, _shape in zip(Steps._fields, _IMPLEMENTATIONS, _SHAPES, strict=True):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _refusing_gradients(_name, _implementation), "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"triton_syncbn::{_name}", _shape, lib=_library)
 
-moments = torch.ops.triton_syncbn.moments.default
-normalize = torch.ops.triton_syncbn.normalize.default
-normalize_block = torch.ops.triton_syncbn.normalize_block.default
-grad_moments = torch.ops.triton_syncbn.grad_moments.default
-grad_moments_block = torch.ops.triton_syncbn.grad_moments_block.default
-grad_input = torch.ops.triton_syncbn.grad_input.default
-grad_input_block = torch.ops.triton_syncbn.grad_input_block.default
+_OPERATORS = Steps(*(getattr(torch.ops.triton_syncbn, name).default for name in Steps._fields))
+(moments, normalize, normalize_block, grad_moments, grad_moments_block) = _OPERATORS[:5]
+(grad_input, grad_input_block) = _OPERATORS[5:]
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def steps_for(*tensors: Tensor | None) -> Steps:
+    """The operators; or, of plain tensors where nothing would see an operator, what they run: the
+    dispatcher takes 3 us for each. To be called without grad mode.
+    """
+    if torch.compiler.is_compiling() or _operators_are_seen(tensors):
+        return _OPERATORS
+    return _IMPLEMENTATIONS
+
+
+def _operators_are_seen(tensors: Sequence[Tensor | None]) -> bool:
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN_TYPES.issuperset(map(type, tensors))
+    )
