@@ -1,14 +1,14 @@
 """Launch a kernel; past Triton, where it would only find out again what it found out before.
 
 Triton looks at every argument of every launch, writes down what it compiles for, and finds the
-compiled kernel by that text: some 17 us, as long as an operator of torch takes as a whole. What it
-looks at is little: the type of an argument and whether it is None, and of an address whether it is
-a multiple of 16. Of that, sizes and tiling belong to the shape of the map, and are kept in a
-`Plan`; with them what Triton launched, by what else may differ. The next such launch gives it
-addresses.
+compiled kernel by that text. What it looks at is little: the type of an argument and whether it is
+None, and of an address whether it is a multiple of 16. Of that, sizes and tiling belong to the
+shape of a map, and are kept in a `Plan`; with them what Triton launched for it, by what else may
+differ. The next launch that is like it goes to the driver at once.
 
-All that is not so plain is launched by Triton: another address, a first launch, hooks (profilers
-have them), debugging, the interpreter, GPUs whose kernels depend on more, other versions of Triton.
+All that is not so plain is launched by Triton: a first launch, other addresses, launches that
+somebody sees (as profilers of kernels do), knobs that were turned, the interpreter, GPUs whose
+kernels depend on more, versions of Triton that nobody has looked into.
 """
 
 import functools
@@ -32,13 +32,23 @@ from .launch_config import (
 )
 from .tuned_configs import lookup
 
-# Versions whose kernels are called as `_Launched` is here, seen in their JITFunction.run.
+# Versions whose JITFunction.run was read: it calls a compiled kernel as `launch` does, and finds it
+# by no more than is here.
 IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
-ALIGNMENT = 16  # bytes; what Triton compiles for depends on it
+ALIGNMENT = 16  # bytes
+# All empty, unless somebody in this process sees launches or has turned a knob.
+_CHANGES: tuple[Any, ...] = ()
+if IS_KNOWN:
+    _CHANGES = (
+        vars(knobs.runtime),
+        vars(knobs.compilation),
+        knobs.runtime.launch_enter_hook.calls,
+        knobs.runtime.launch_exit_hook.calls,
+    )
 
 
-class _Launched(NamedTuple):
-    """A compiled kernel that Triton has launched, and what it was given at compile time."""
+class Launched(NamedTuple):
+    """A compiled kernel that Triton has launched, as it is called."""
 
     compiled: CompiledKernel  # keeps the kernel in the driver
     run: Any
@@ -53,24 +63,20 @@ class Plan:
     def __init__(
         self, blocks: int, programs: int, sizes: tuple[int, ...], tiling: Tiling, num_warps: int
     ) -> None:
-        self.blocks = blocks  # of channels that are reduced apart; of a writer, 0
+        self.blocks = blocks  # of channels, which are reduced apart; of a kernel that writes maps, 0
         self.programs = programs
-        self.sizes = sizes  # rows, channels, columns, splits, of a writer the reciprocal
+        self.sizes = sizes  # rows, channels, columns, splits; then, to write maps, the reciprocal
+        self.splits = sizes[3]
         self.tiling = tiling
         self.num_warps = num_warps
-        self.launched: dict[tuple[Any, ...], _Launched] = {}
-
-    @property
-    def splits(self) -> int:
-        """Programs that share a block of channels."""
-        return self.sizes[3]
+        self.launched: dict[tuple[Any, ...], Launched] = {}
 
 
 def plan_of(
     kernel: str, input: Tensor, config: LaunchConfig | None, reads_more: bool = False
 ) -> Plan:
-    """The plan of a kernel for (N, C, *spatial), dense in either layout: with a config, or else
-    that of `lookup`.
+    """The plan of a kernel for (N, C, *spatial), dense in either layout, with a config or else that
+    of `lookup`. reads_more: whether there is a residual or its gates, too.
     """
     contiguous = input.is_contiguous()
     return _plan(kernel, input.shape, contiguous, input.dtype, input.device, config, reads_more)
@@ -109,55 +115,70 @@ def launch(
     """Launch a jitted kernel on tensors, float64 numbers, the sizes of the plan, and constants: the
     order of its parameters. TILING is the plan's.
     """
-    knows_triton = IS_KNOWN and type(kernel) is JITFunction and not _is_observed(kernel)
-    if knows_triton:
-        gpu = driver.active
-        device = gpu.get_current_device()
-        key = [device, *constants.values()]
-        addresses: list[int | None] = []
-        together = 0
-        for tensor in tensors:
-            if tensor is None:
-                key.append(None)
-                addresses.append(None)
-            else:
-                key.append(tensor.dtype)
-                address = tensor.data_ptr()
-                addresses.append(address)
-                together |= address
-        kind = tuple(key)
-        is_aligned = together % ALIGNMENT == 0
-        launched = plan.launched.get(kind) if is_aligned else None
-        if launched is not None:
-            launched.run(
-                *(programs, 1, 1, gpu.get_current_stream(device), launched.function),
-                *(launched.packed_metadata, None, None, None),  # no hooks, nor what they are told
-                *(*addresses, *numbers, *plan.sizes, *launched.constants),
-            )
-            return
-    constants["TILING"] = plan.tiling
-    arguments = (*tensors, *numbers, *plan.sizes)
-    compiled = kernel[(programs,)](*arguments, **constants, num_warps=plan.num_warps)
-    if knows_triton and is_aligned and type(compiled) is CompiledKernel:
+    arguments = kernel, programs, plan, tensors, numbers, constants
+    if any(_CHANGES) or not IS_KNOWN or type(kernel) is not JITFunction or kernel.pre_run_hooks:
+        _launch_by_triton(*arguments)
+        return
+    gpu = driver.active
+    device = gpu.get_current_device()
+    kinds = [device, *constants.values()]
+    addresses: list[int | None] = []
+    together = 0
+    for tensor in tensors:
+        if tensor is None:
+            kinds.append(None)
+            addresses.append(None)
+        else:
+            address = tensor.data_ptr()
+            together |= address
+            addresses.append(address)
+            kinds.append(tensor.dtype)
+    if together % ALIGNMENT:
+        _launch_by_triton(*arguments)
+        return
+    key = tuple(kinds)
+    launched = plan.launched.get(key)
+    if launched is None:
+        compiled = _launch_by_triton(*arguments)
         # An AMD GPU's kernels depend on the size of storages, too.
-        if gpu.get_current_target().backend == "cuda":
-            names = kernel.arg_names[len(arguments) :]
-            plan.launched[kind] = _Launched(
-                compiled,
-                compiled.run,
-                compiled.function,
-                compiled.packed_metadata,
-                tuple(constants[name] for name in names),
-            )
-
-
-def _is_observed(kernel: Any) -> bool:
-    """Whether somebody sees launches or has changed how Triton compiles, in this process."""
-    runtime = knobs.runtime
-    return bool(
-        vars(runtime)
-        or vars(knobs.compilation)
-        or runtime.launch_enter_hook.calls
-        or runtime.launch_exit_hook.calls
-        or kernel.pre_run_hooks
+        if type(compiled) is CompiledKernel and gpu.get_current_target().backend == "cuda":
+            plan.launched[key] = _as_called(compiled, kernel, plan, constants)
+        return
+    run, function, packed_metadata = launched[1:4]
+    grid_and_stream = programs, 1, 1, gpu.get_current_stream(device)
+    no_hooks = None, None, None
+    run(
+        *grid_and_stream,
+        *(function, packed_metadata),
+        *no_hooks,
+        *addresses,
+        *numbers,
+        *plan.sizes,
+        *launched.constants,
     )
+
+
+def _launch_by_triton(
+    kernel: Any,
+    programs: int,
+    plan: Plan,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: dict[str, Any],
+) -> Any:
+    return kernel[(programs,)](
+        *tensors,
+        *numbers,
+        *plan.sizes,
+        TILING=plan.tiling,
+        **constants,
+        num_warps=plan.num_warps,
+    )
+
+
+def _as_called(
+    compiled: CompiledKernel, kernel: Any, plan: Plan, constants: dict[str, Any]
+) -> Launched:
+    names = (kernel.arg_names[number] for number in kernel.constexprs)
+    values = tuple({"TILING": plan.tiling, **constants}[name] for name in names)
+    return Launched(compiled, compiled.run, compiled.function, compiled.packed_metadata, values)

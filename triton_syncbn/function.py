@@ -23,6 +23,11 @@ class Setting(NamedTuple):
     activation: str | None
     activation_slope: float
 
+    @property
+    def is_of_block(self) -> bool:
+        """Whether backward needs more than that of a layer alone."""
+        return self.frozen or self.activation is not None
+
 
 class SyncBatchNormFunction(torch.autograd.Function):
     """activation(batch normalization + residual) with the statistics of all ranks of a group.
@@ -52,42 +57,23 @@ class SyncBatchNormFunction(torch.autograd.Function):
         buffers = running_mean, running_var, num_batches_tracked
         steps = ops.steps_for(input, weight, bias, residual, *buffers)
         moments = None if setting.frozen else _moments_of_all_ranks(steps, input, setting)
-        saved: dict[str, Tensor | None] = {}
-        block: dict[str, Any] = {}
-        if setting.frozen:
-            # else the buffers are not saved: they change before backward if the layer runs twice
-            saved = {"running_mean": running_mean, "running_var": running_var}
-        if residual is not None:
-            block["residual"] = residual
-        if setting.activation is not None:
-            block.update(activation=setting.activation, activation_slope=setting.activation_slope)
-            saved["bias"] = bias
-            if residual is not None and ACTIVATIONS[setting.activation].gated:
-                block["keeps_gates"] = True
-            elif residual is not None:
-                saved["residual"] = residual
-        is_alone = not block and not saved and running_mean is not None
-        output = (steps.normalize if is_alone else steps.normalize_block)(
-            input,
-            moments,
-            weight,
-            bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            num_batches_tracked=num_batches_tracked,
-            momentum=setting.momentum,
-            eps=setting.eps,
-            **block,
-        )
-        if not is_alone:
-            output, gates = output
-            if "keeps_gates" in block:
-                saved["gates"] = gates
-        ctx.save_for_backward(input, weight, moments, *saved.values())
-        ctx.names = tuple(saved)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        running = {
+            "running_mean": running_mean,
+            "running_var": running_var,
+            "num_batches_tracked": num_batches_tracked,
+            "momentum": setting.momentum,
+        }
         ctx.setting = setting
-        return output
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if setting.is_of_block or residual is not None or running_mean is None:
+            arguments = input, moments, weight, bias
+            output, saved = _normalize_block(steps, *arguments, residual, setting, running)
+            ctx.save_for_backward(input, weight, moments, *saved.values())
+            ctx.names = tuple(saved)
+            return output
+        ctx.save_for_backward(input, weight, moments)
+        ctx.names = ()
+        return steps.normalize(input, moments, weight, bias, **running, eps=setting.eps)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,6 +114,39 @@ class SyncBatchNormFunction(torch.autograd.Function):
             grad_residual,
             *[None] * 4,
         )
+
+
+def _normalize_block(
+    steps: ops.Steps,
+    input: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    setting: Setting,
+    running: dict[str, Any],
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """The output, and what backward needs beside what it needs of a layer alone."""
+    block: dict[str, Any] = {}
+    saved: dict[str, Tensor | None] = {}
+    if setting.frozen:
+        # else the buffers are not saved: they change before backward if the layer runs twice
+        saved = {name: running[name] for name in ("running_mean", "running_var")}
+    if residual is not None:
+        block["residual"] = residual
+    if setting.activation is not None:
+        block.update(activation=setting.activation, activation_slope=setting.activation_slope)
+        saved["bias"] = bias
+        if residual is not None and ACTIVATIONS[setting.activation].gated:
+            block["keeps_gates"] = True
+        elif residual is not None:
+            saved["residual"] = residual
+    output, gates = steps.normalize_block(
+        input, moments, weight, bias, **running, eps=setting.eps, **block
+    )
+    if "keeps_gates" in block:
+        saved["gates"] = gates
+    return output, saved
 
 
 def _differentiable_gradients(

@@ -10,13 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from . import differentiable, groups
 from .activations import ACTIVATIONS
 from .function import Setting, SyncBatchNormFunction
 from .operands import RunningStatistics
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def sync_batch_norm(
@@ -229,39 +230,49 @@ def _check_tensors(
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
-    channels, device = input.shape[1], input.device
-    if channels == 0:
+    if input.shape[1] == 0:
         raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             f"{missing}: expected a tensor, as the other running statistic is one; got None"
         )
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            _check_kind(name, "torch.Tensor or None", tensor)
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
-            )
-        if tensor.shape != (channels,):
-            raise ValueError(
-                f"{name}: expected shape ({channels},), the channels of an input {_shape(input)}; "
-                f"got {_shape(tensor)}"
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"{name}: expected device {device}, that of the input; got {tensor.device}"
-            )
-        if not tensor.is_contiguous() and name.startswith("running"):
-            raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
+    one_per_channel, device = input.shape[1:2], input.device
+    for tensor in (weight, bias, running_mean, running_var):
+        if tensor is not None and not (
+            (type(tensor) is Tensor or type(tensor) is Parameter)
+            and tensor.dtype in _DTYPES
+            and tensor.shape == one_per_channel
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):  # wrong, or unusual
+            _check_per_channel("weight", weight, input)
+            _check_per_channel("bias", bias, input)
+            _check_per_channel("running_mean", running_mean, input)
+            _check_per_channel("running_var", running_var, input)
+            break
+
+
+def _check_per_channel(name: str, tensor: Tensor | None, input: Tensor) -> None:
+    """Raise where this is not a tensor with a number for each channel of the input."""
+    if tensor is None:
+        return
+    _check_kind(name, "torch.Tensor or None", tensor)
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
+    if tensor.shape != input.shape[1:2]:
+        raise ValueError(
+            f"{name}: expected shape ({input.shape[1]},), the channels of an input "
+            f"{_shape(input)}; got {_shape(tensor)}"
+        )
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{name}: expected device {input.device}, that of the input; got {tensor.device}"
+        )
+    if not tensor.is_contiguous() and name.startswith("running"):
+        raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
 
 
 def _check_kind(name: str, expected: str, tensor: Any) -> None:

@@ -84,46 +84,35 @@ def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 @functools.cache
-def _step(name: str, device_type: str) -> Callable[..., Any]:
-    """The implementation of a step for a type of device."""
+def _backend(device_type: str) -> Any:
+    """The module whose four steps run on a type of device."""
     if device_type == "cuda" or (
         device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     ):
         try:
             from .kernels import launchers
 
-            return getattr(launchers, name)
+            return launchers
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise
             warnings.warn(
                 "Triton is not installed: SyncBN runs in plain torch, which is slow", stacklevel=2
             )
-    return getattr(cpu if device_type == "cpu" else reference, name)
+    return cpu if device_type == "cpu" else reference
 
 
-def _run(
-    name: str, *arguments: Any, block: BlockOperands = LAYER_ALONE, **running: RunningStatistics
-) -> Any:
-    """Run a step on the device of its tensors: Triton launches on the current one."""
-    device = arguments[0].device
-    step = _step(name, device.type)
-    of_block: dict[str, Any] = {}
-    if block is not LAYER_ALONE:
-        of_block["block"] = block
-        if step.__module__ == cpu.__name__:
-            step = getattr(reference, name)  # a block has no CPU path of its own
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return step(*arguments, **running, **of_block)
-    with torch.cuda.device(device):
-        return step(*arguments, **running, **of_block)
+def _backend_of_blocks(backend: Any) -> Any:
+    """The same, but for the CPU path, which knows no blocks."""
+    return reference if backend is cpu else backend
 
 
-def _moments(input: Tensor) -> Tensor:
-    return _run("moments", dense(input))
+def _moments(backend: Any, input: Tensor) -> Tensor:
+    return backend.moments(dense(input))
 
 
 def _normalize(
+    backend: Any,
     input: Tensor,
     moments: Tensor | None,
     weight: Tensor | None,
@@ -134,15 +123,16 @@ def _normalize(
     num_batches_tracked: Tensor | None = None,
     momentum: float | None = None,
     eps: float,
-    block: BlockOperands = LAYER_ALONE,
+    **block: BlockOperands,
 ) -> Tensor:
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     if moments is not None and torch._C._current_graph_task_id() != -1:
         # In a backward, so activation checkpointing computes a forward again, whose batch the
         # running statistics have seen. Decided here, as a compiled graph has no other place for it.
         running = RunningStatistics(momentum=momentum)
-    tensors = dense(input), moments, weight, bias
-    return _run("normalize", *tensors, eps=eps, running=running, block=block)
+    return backend.normalize(
+        dense(input), moments, weight, bias, eps=eps, running=running, **block
+    )
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -158,6 +148,7 @@ def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
 
 
 def _normalize_block(
+    backend: Any,
     input: Tensor,
     moments: Tensor | None,
     *arguments: Any,
@@ -168,38 +159,37 @@ def _normalize_block(
     **running: Any,
 ) -> tuple[Tensor, Tensor]:
     gates = new_gates(input, keeps_gates)
-    block = LAYER_ALONE
-    if moments is None or activation is not None or residual is not None:
-        residual = _beside(input, residual)
-        kept = gates if keeps_gates else None
-        block = BlockOperands(activation, activation_slope, residual, kept)
-    return _normalize(input, moments, *arguments, **running, block=block), gates
+    if moments is not None and activation is None and residual is None:
+        return _normalize(backend, input, moments, *arguments, **running), gates
+    residual = _beside(input, residual)
+    kept = gates if keeps_gates else None
+    running["block"] = BlockOperands(activation, activation_slope, residual, kept)
+    backend = _backend_of_blocks(backend)
+    return _normalize(backend, input, moments, *arguments, **running), gates
 
 
 def _grad_moments(
-    grad_output: Tensor, input: Tensor, *arguments: Any, block: BlockOperands = LAYER_ALONE
+    backend: Any, grad_output: Tensor, input: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    grad_output = laid_out_like(grad_output, input)
-    return _run("grad_moments", grad_output, input, *arguments, block=block)
+    return backend.grad_moments(laid_out_like(grad_output, input), input, *arguments)
 
 
 def _grad_moments_block(
-    grad_output: Tensor, input: Tensor, *arguments: Any, **operands: Any
+    backend: Any, grad_output: Tensor, input: Tensor, *arguments: Any, **operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     block = _block_in_backward(input, **operands)
-    return _grad_moments(grad_output, input, *arguments, block=block)
+    backend = _backend_of_blocks(backend)
+    return _grad_moments(backend, grad_output, input, *arguments, block)
 
 
-def _grad_input(
-    grad_output: Tensor, input: Tensor, *arguments: Any, block: BlockOperands = LAYER_ALONE
-) -> Tensor:
+def _grad_input(backend: Any, grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
     input = dense(input)
-    grad_output = laid_out_like(grad_output, input)
-    return _run("grad_input", grad_output, input, *arguments, block=block)
+    return backend.grad_input(laid_out_like(grad_output, input), input, *arguments)
 
 
 def _grad_input_block(
+    backend: Any,
     grad_output: Tensor,
     input: Tensor,
     *arguments: Any,
@@ -210,7 +200,8 @@ def _grad_input_block(
     block = _block_in_backward(input, **operands)
     if makes_residual:
         block = block._replace(grad_residual=grad_residual)
-    return _grad_input(grad_output, input, *arguments, block=block), grad_residual
+    backend = _backend_of_blocks(backend)
+    return _grad_input(backend, grad_output, input, *arguments, block), grad_residual
 
 
 def _block_in_backward(
@@ -321,7 +312,7 @@ class Steps(NamedTuple):
     grad_input_block: Callable[..., Any]
 
 
-_IMPLEMENTATIONS = Steps(
+_ON_BACKENDS = Steps(
     *(_moments, _normalize, _normalize_block, _grad_moments, _grad_moments_block),
     *(_grad_input, _grad_input_block),
 )
@@ -329,35 +320,63 @@ _SHAPES = Steps(
     *(_moments_shape, _normalize_shape, _normalize_block_shape),
     *(_grad_moments_shape, _grad_moments_shape, _grad_input_shape, _grad_input_block_shape),
 )
+
+
+@functools.cache
+def _steps_on(device_type: str) -> Steps:
+    """The steps on tensors of the current device of a type."""
+    backend = _backend(device_type)
+    return Steps(*(functools.partial(step, backend) for step in _ON_BACKENDS))
+
+
+def _on_device_of_tensors(name: str) -> Callable[..., Any]:
+    """A step: Triton launches on the current device."""
+
+    def run(*arguments: Any, **settings: Any) -> Any:
+        device = arguments[0].device
+        step = getattr(_steps_on(device.type), name)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return step(*arguments, **settings)
+        with torch.cuda.device(device):
+            return step(*arguments, **settings)
+
+    return run
+
+
 _library = torch.library.Library("triton_syncbn", "DEF")
-for _name, _implementation, _shape in zip(Steps._fields, _IMPLEMENTATIONS, _SHAPES, strict=True):
+for _name, _shape in zip(Steps._fields, _SHAPES, strict=True):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _refusing_gradients(_name, _implementation), "CompositeExplicitAutograd")
+    _implementation = _refusing_gradients(_name, _on_device_of_tensors(_name))
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"triton_syncbn::{_name}", _shape, lib=_library)
 
 _OPERATORS = Steps(*(getattr(torch.ops.triton_syncbn, name).default for name in Steps._fields))
-(moments, normalize, normalize_block, grad_moments, grad_moments_block) = _OPERATORS[:5]
-(grad_input, grad_input_block) = _OPERATORS[5:]
+moments, normalize, normalize_block, *_backward = _OPERATORS
+grad_moments, grad_moments_block, grad_input, grad_input_block = _backward
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
-def steps_for(*tensors: Tensor | None) -> Steps:
-    """The operators; or, of plain tensors where nothing would see an operator, what they run: the
-    dispatcher takes 3 us for each. To be called without grad mode.
+def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
+    """The operators; or, of plain tensors on the current device and where nothing would see an
+    operator, what they run, as the dispatcher takes 3 us for each. To be called without grad mode.
     """
-    if torch.compiler.is_compiling() or _operators_are_seen(tensors):
+    if torch.compiler.is_compiling() or _operators_are_seen():
         return _OPERATORS
-    return _IMPLEMENTATIONS
+    if type(input) is not Tensor or not _PLAIN_TYPES.issuperset(map(type, others)):
+        return _OPERATORS
+    if not input.is_cuda:
+        return _steps_on(input.device.type)
+    return _steps_on("cuda") if input.device.index == torch.cuda.current_device() else _OPERATORS
 
 
-def _operators_are_seen(tensors: Sequence[Tensor | None]) -> bool:
+def _operators_are_seen() -> bool:
+    """Whether torch records, profiles, traces or transforms what is called."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-        or not _PLAIN_TYPES.issuperset(map(type, tensors))
     )
