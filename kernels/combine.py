@@ -56,7 +56,7 @@ def add_splits(first, second, partials, arrivals, part, channel, sizes):
     return first, second, holds_totals
 
 
-_arrivals: dict[tuple[int | None, int], torch.Tensor] = {}
+_arrivals: dict[tuple[int | None, int | None], torch.Tensor] = {}
 
 
 def workspace(
@@ -70,11 +70,14 @@ def workspace(
     """
     if splits == 1:
         return None, None
-    partials = torch.empty((splits, 2, channels), dtype=torch.float64, device=input.device)
-    if input.is_cuda and torch.cuda.is_current_stream_capturing():
-        return partials, torch.zeros(blocks, dtype=torch.int32, device=input.device)
-    index = input.device.index
-    key = index, driver.active.get_current_stream(index) if input.is_cuda else 0
+    partials = input.new_empty(splits, 2, channels, dtype=torch.float64)
+    stream = index = None
+    if input.is_cuda:
+        index = input.device.index
+        stream = driver.active.get_current_stream(index)
+        if torch.cuda.is_current_stream_capturing():
+            return partials, torch.zeros(blocks, dtype=torch.int32, device=input.device)
+    key = index, stream
     arrivals = _arrivals.get(key)
     if arrivals is None or arrivals.numel() < blocks:
         arrivals = torch.zeros(blocks, dtype=torch.int32, device=input.device)

@@ -144,10 +144,10 @@ def grad_moments(
     """
     residual, gates = block.residual, block.gates
     plan = plan_of("grad_moments", input, config, residual is not None or gates is not None)
-    channels, device = input.shape[1], input.device
-    output = torch.empty(2 * channels, dtype=torch.float64, device=device)
-    grad_weight = torch.empty(channels if weight_dtype else 0, dtype=weight_dtype, device=device)
-    grad_bias = torch.empty(channels if bias_dtype else 0, dtype=bias_dtype, device=device)
+    channels = input.shape[1]
+    output = input.new_empty(2 * channels, dtype=torch.float64)
+    grad_weight = input.new_empty(channels if weight_dtype else 0, dtype=weight_dtype)
+    grad_bias = input.new_empty(channels if bias_dtype else 0, dtype=bias_dtype)
     launch(
         grad_moments_kernel,
         plan.programs,

@@ -36,8 +36,9 @@ from .tuned_configs import lookup
 # by no more than is here.
 IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 ALIGNMENT = 16  # bytes
-# All empty, unless somebody in this process sees launches or has turned a knob.
-_CHANGES: tuple[Any, ...] = ()
+NO_HOOKS = None, None, None  # what they are told, on entering, on leaving
+# Empty, all of them, unless somebody in this process sees launches or has turned a knob.
+_CHANGES: tuple[Any, ...] = ("nothing is known of this Triton",)
 if IS_KNOWN:
     _CHANGES = (
         vars(knobs.runtime),
@@ -115,9 +116,8 @@ def launch(
     """Launch a jitted kernel on tensors, float64 numbers, the sizes of the plan, and constants: the
     order of its parameters. TILING is the plan's.
     """
-    arguments = kernel, programs, plan, tensors, numbers, constants
-    if any(_CHANGES) or not IS_KNOWN or type(kernel) is not JITFunction or kernel.pre_run_hooks:
-        _launch_by_triton(*arguments)
+    if any(_CHANGES) or type(kernel) is not JITFunction or kernel.pre_run_hooks:
+        _launch_by_triton(kernel, programs, plan, tensors, numbers, constants)
         return
     gpu = driver.active
     device = gpu.get_current_device()
@@ -133,24 +133,19 @@ def launch(
             together |= address
             addresses.append(address)
             kinds.append(tensor.dtype)
-    if together % ALIGNMENT:
-        _launch_by_triton(*arguments)
-        return
     key = tuple(kinds)
-    launched = plan.launched.get(key)
+    launched = None if together % ALIGNMENT else plan.launched.get(key)
     if launched is None:
-        compiled = _launch_by_triton(*arguments)
+        compiled = _launch_by_triton(kernel, programs, plan, tensors, numbers, constants)
+        is_kernel = type(compiled) is CompiledKernel
         # An AMD GPU's kernels depend on the size of storages, too.
-        if type(compiled) is CompiledKernel and gpu.get_current_target().backend == "cuda":
+        if is_kernel and not together % ALIGNMENT and compiled.metadata.target.backend == "cuda":
             plan.launched[key] = _as_called(compiled, kernel, plan, constants)
         return
-    run, function, packed_metadata = launched[1:4]
-    grid_and_stream = programs, 1, 1, gpu.get_current_stream(device)
-    no_hooks = None, None, None
-    run(
-        *grid_and_stream,
-        *(function, packed_metadata),
-        *no_hooks,
+    launched.run(
+        *(programs, 1, 1, gpu.get_current_stream(device)),
+        *(launched.function, launched.packed_metadata),
+        *NO_HOOKS,
         *addresses,
         *numbers,
         *plan.sizes,

@@ -92,7 +92,7 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
     """
     plan = plan_of("moments", input, config)
     channels = input.shape[1]
-    output = torch.empty(2 * channels + 1, dtype=torch.float64, device=input.device)
+    output = input.new_empty(2 * channels + 1, dtype=torch.float64)
     partials, arrivals = workspace(input, channels, plan.blocks, plan.splits)
     launch(moments_kernel, plan.programs, plan, (output, input, partials, arrivals))
     return output

@@ -15,18 +15,13 @@ from .operands import BlockOperands, RunningStatistics
 class Setting(NamedTuple):
     """What a layer is told beside tensors."""
 
-    momentum: float | None
     eps: float
     group: Any  # None: this process is alone
     layer_name: str  # in errors
     frozen: bool  # normalizes with the running statistics, which stay
     activation: str | None
     activation_slope: float
-
-    @property
-    def is_of_block(self) -> bool:
-        """Whether backward needs more than that of a layer alone."""
-        return self.frozen or self.activation is not None
+    is_of_layer_alone: bool  # neither frozen nor with an activation
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -41,6 +36,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
     which move the fewest bytes, else the residual.
     """
 
+    @classmethod
+    def run(cls, *arguments: Any) -> Tensor:
+        """As `apply`, which looks at each argument whether it is what torch.func has left behind."""
+        if torch.compiler.is_compiling():
+            return cls.apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -48,32 +50,23 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
+        running: RunningStatistics,
         setting: Setting,
     ) -> Tensor:
         """Normalize (N, C, *spatial), unchecked."""
-        buffers = running_mean, running_var, num_batches_tracked
-        steps = ops.steps_for(input, weight, bias, residual, *buffers)
+        steps = ops.steps_for(input, weight, bias, residual, *running[:3])
         moments = None if setting.frozen else _moments_of_all_ranks(steps, input, setting)
-        running = {
-            "running_mean": running_mean,
-            "running_var": running_var,
-            "num_batches_tracked": num_batches_tracked,
-            "momentum": setting.momentum,
-        }
         ctx.setting = setting
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if setting.is_of_block or residual is not None or running_mean is None:
-            arguments = input, moments, weight, bias
-            output, saved = _normalize_block(steps, *arguments, residual, setting, running)
-            ctx.save_for_backward(input, weight, moments, *saved.values())
-            ctx.names = tuple(saved)
-            return output
-        ctx.save_for_backward(input, weight, moments)
-        ctx.names = ()
-        return steps.normalize(input, moments, weight, bias, **running, eps=setting.eps)
+        if residual is None and running.mean is not None and setting.is_of_layer_alone:
+            ctx.save_for_backward(input, weight, moments)
+            ctx.names = ()
+            return steps.normalize(input, moments, weight, bias, eps=setting.eps, running=running)
+        operands = input, moments, weight, bias, residual
+        output, saved = _normalize_block(steps, *operands, running, setting)
+        ctx.save_for_backward(input, weight, moments, *saved.values())
+        ctx.names = tuple(saved)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,7 +105,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             grad_residual,
-            *[None] * 4,
+            None,
+            None,
         )
 
 
@@ -123,15 +117,15 @@ def _normalize_block(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    running: RunningStatistics,
     setting: Setting,
-    running: dict[str, Any],
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """The output, and what backward needs beside what it needs of a layer alone."""
     block: dict[str, Any] = {}
     saved: dict[str, Tensor | None] = {}
     if setting.frozen:
         # else the buffers are not saved: they change before backward if the layer runs twice
-        saved = {name: running[name] for name in ("running_mean", "running_var")}
+        saved = {"running_mean": running.mean, "running_var": running.var}
     if residual is not None:
         block["residual"] = residual
     if setting.activation is not None:
@@ -142,7 +136,16 @@ def _normalize_block(
         elif residual is not None:
             saved["residual"] = residual
     output, gates = steps.normalize_block(
-        input, moments, weight, bias, **running, eps=setting.eps, **block
+        input,
+        moments,
+        weight,
+        bias,
+        running_mean=running.mean,
+        running_var=running.var,
+        num_batches_tracked=running.num_batches_tracked,
+        momentum=running.momentum,
+        eps=setting.eps,
+        **block,
     )
     if "keeps_gates" in block:
         saved["gates"] = gates
@@ -168,7 +171,7 @@ def _differentiable_gradients(
         for gradient, dtype, needed in zip(
             gradients, dtypes, ctx.needs_input_grad[:4], strict=True
         )
-    ), *[None] * 4
+    ), None, None
 
 
 def _gradients_of_block(

@@ -17,6 +17,7 @@ from .activations import ACTIVATIONS
 from .function import Setting, SyncBatchNormFunction
 from .operands import RunningStatistics
 
+_HAS_DISTRIBUTED = dist.is_available()
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -123,17 +124,17 @@ def sync_batch_norm(
             num_batches_tracked.add_(1)
         output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
         return _add_and_activate(output, residual, activation, activation_slope)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    buffers = running_mean, running_var, num_batches_tracked
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     if in_plain_torch:
-        running = RunningStatistics(*buffers, momentum)
-        output = differentiable.batch_norm(
-            input, weight, bias, running, eps, group, layer_name
-        )
+        output = differentiable.batch_norm(input, weight, bias, running, eps, group, layer_name)
         return _add_and_activate(output, residual, activation, activation_slope)
-    setting = Setting(momentum, eps, group, layer_name, not training, activation, activation_slope)
-    return SyncBatchNormFunction.apply(input, weight, bias, residual, *buffers, setting)
+    alone = training and activation is None
+    setting = Setting(eps, group, layer_name, not training, activation, activation_slope, alone)
+    return SyncBatchNormFunction.run(input, weight, bias, residual, running, setting)
 
 
 def _add_and_activate(
@@ -199,11 +200,11 @@ def _group_to_synchronize(process_group: Any, training: bool, device: torch.devi
         return None
     if process_group is not None:
         group = groups.resolve(process_group)
-    elif dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
+    elif _HAS_DISTRIBUTED:
+        group = dist.group.WORLD  # None where there is none
     else:
         return None
-    if dist.get_world_size(group) == 1:
+    if group is None or group.size() == 1:
         return None
     if device.type != "cuda" and not torch.compiler.is_compiling():
         backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"

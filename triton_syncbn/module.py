@@ -134,17 +134,19 @@ class SyncBN(_BatchNorm):
             # This add broadcasts or promotes, and is done as it was before it was fused.
             activation, added_after, residual = None, residual, None
         training = self.training and not self.frozen_statistics
-        track = not training or self.track_running_stats
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
+        if training and not self.track_running_stats:
+            running_mean = running_var = num_batches_tracked = None
         output = sync_batch_norm(
             input,
-            self.running_mean if track else None,
-            self.running_var if track else None,
-            self.weight,
-            self.bias,
+            running_mean,
+            running_var,
+            weight,
+            bias,
             training,
             self.momentum,
             self.eps,
-            num_batches_tracked=self.num_batches_tracked if track else None,
+            num_batches_tracked=num_batches_tracked,
             process_group=self.process_group,
             residual=residual,
             activation=activation,
@@ -197,6 +199,21 @@ class SyncBN(_BatchNorm):
             activation_slope=self.fused_slope,
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Parameters and buffers, from where they are: asking torch takes 0.6 us for each."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+            )
+        except KeyError:  # something else has taken the place of one, as parametrize does
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            return self.weight, self.bias, *running
 
     def _check_input_dim(self, input: Tensor) -> None:
         """A layer that was made as SyncBN takes any; a converted one has the check of its class."""

@@ -118,21 +118,15 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     *,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    num_batches_tracked: Tensor | None = None,
-    momentum: float | None = None,
     eps: float,
+    running: RunningStatistics,
     **block: BlockOperands,
 ) -> Tensor:
-    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     if moments is not None and torch._C._current_graph_task_id() != -1:
         # In a backward, so activation checkpointing computes a forward again, whose batch the
         # running statistics have seen. Decided here, as a compiled graph has no other place for it.
-        running = RunningStatistics(momentum=momentum)
-    return backend.normalize(
-        dense(input), moments, weight, bias, eps=eps, running=running, **block
-    )
+        running = RunningStatistics(momentum=running.momentum)
+    return backend.normalize(dense(input), moments, weight, bias, eps=eps, running=running, **block)
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -151,21 +145,35 @@ def _normalize_block(
     backend: Any,
     input: Tensor,
     moments: Tensor | None,
-    *arguments: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
     residual: Tensor | None = None,
     keeps_gates: bool = False,
     activation: str | None = None,
     activation_slope: float = 0.0,
-    **running: Any,
+    **buffers: Any,
 ) -> tuple[Tensor, Tensor]:
     gates = new_gates(input, keeps_gates)
-    if moments is not None and activation is None and residual is None:
-        return _normalize(backend, input, moments, *arguments, **running), gates
-    residual = _beside(input, residual)
-    kept = gates if keeps_gates else None
-    running["block"] = BlockOperands(activation, activation_slope, residual, kept)
-    backend = _backend_of_blocks(backend)
-    return _normalize(backend, input, moments, *arguments, **running), gates
+    block = {}
+    if moments is None or activation is not None or residual is not None:
+        backend = _backend_of_blocks(backend)
+        residual = _beside(input, residual)
+        kept = gates if keeps_gates else None
+        block["block"] = BlockOperands(activation, activation_slope, residual, kept)
+    running = _running(**buffers)
+    tensors = input, moments, weight, bias
+    return _normalize(backend, *tensors, eps=eps, running=running, **block), gates
+
+
+def _running(
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = None,
+) -> RunningStatistics:
+    return RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
 
 
 def _grad_moments(
@@ -212,7 +220,7 @@ def _block_in_backward(
     residual: Tensor | None = None,
     **operands: Any,
 ) -> BlockOperands:
-    running = RunningStatistics(running_mean, running_var)
+    running = _running(running_mean, running_var)
     return BlockOperands(running=running, residual=_beside(input, residual), **operands)
 
 
@@ -301,40 +309,40 @@ def _grad_input_block_shape(
 
 
 class Steps(NamedTuple):
-    """A function for each step of a layer, and of a block."""
+    """A function for each step: of a layer as in reference.py, of a block as its operator."""
 
     moments: Callable[..., Any]
     normalize: Callable[..., Any]
-    normalize_block: Callable[..., Any]
     grad_moments: Callable[..., Any]
-    grad_moments_block: Callable[..., Any]
     grad_input: Callable[..., Any]
+    normalize_block: Callable[..., Any]
+    grad_moments_block: Callable[..., Any]
     grad_input_block: Callable[..., Any]
 
 
-_ON_BACKENDS = Steps(
-    *(_moments, _normalize, _normalize_block, _grad_moments, _grad_moments_block),
-    *(_grad_input, _grad_input_block),
-)
 _SHAPES = Steps(
-    *(_moments_shape, _normalize_shape, _normalize_block_shape),
-    *(_grad_moments_shape, _grad_moments_shape, _grad_input_shape, _grad_input_block_shape),
+    *(_moments_shape, _normalize_shape, _grad_moments_shape, _grad_input_shape),
+    *(_normalize_block_shape, _grad_moments_shape, _grad_input_block_shape),
 )
 
 
 @functools.cache
 def _steps_on(device_type: str) -> Steps:
     """The steps on tensors of the current device of a type."""
+    layer = _moments, _normalize, _grad_moments, _grad_input
+    block = _normalize_block, _grad_moments_block, _grad_input_block
     backend = _backend(device_type)
-    return Steps(*(functools.partial(step, backend) for step in _ON_BACKENDS))
+    return Steps(*(functools.partial(step, backend) for step in layer + block))
 
 
-def _on_device_of_tensors(name: str) -> Callable[..., Any]:
-    """A step: Triton launches on the current device."""
+def _implementation(name: str) -> Callable[..., Any]:
+    """What an operator runs, on the device of its tensors: Triton launches on the current one."""
 
     def run(*arguments: Any, **settings: Any) -> Any:
         device = arguments[0].device
         step = getattr(_steps_on(device.type), name)
+        if name == "normalize":
+            settings = {"eps": settings.pop("eps"), "running": _running(**settings)}
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return step(*arguments, **settings)
         with torch.cuda.device(device):
@@ -346,37 +354,65 @@ def _on_device_of_tensors(name: str) -> Callable[..., Any]:
 _library = torch.library.Library("triton_syncbn", "DEF")
 for _name, _shape in zip(Steps._fields, _SHAPES, strict=True):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    _implementation = _refusing_gradients(_name, _on_device_of_tensors(_name))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _operator = _refusing_gradients(_name, _implementation(_name))
+    _library.impl(_name, _operator, "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"triton_syncbn::{_name}", _shape, lib=_library)
 
-_OPERATORS = Steps(*(getattr(torch.ops.triton_syncbn, name).default for name in Steps._fields))
-moments, normalize, normalize_block, *_backward = _OPERATORS
-grad_moments, grad_moments_block, grad_input, grad_input_block = _backward
+moments = torch.ops.triton_syncbn.moments.default
+normalize = torch.ops.triton_syncbn.normalize.default
+grad_moments = torch.ops.triton_syncbn.grad_moments.default
+grad_input = torch.ops.triton_syncbn.grad_input.default
+normalize_block = torch.ops.triton_syncbn.normalize_block.default
+grad_moments_block = torch.ops.triton_syncbn.grad_moments_block.default
+grad_input_block = torch.ops.triton_syncbn.grad_input_block.default
 
+
+def _operator_normalize(
+    input: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    running: RunningStatistics,
+) -> Tensor:
+    return normalize(
+        input,
+        moments,
+        weight,
+        bias,
+        running_mean=running.mean,
+        running_var=running.var,
+        num_batches_tracked=running.num_batches_tracked,
+        momentum=running.momentum,
+        eps=eps,
+    )
+
+
+_OPERATORS = Steps(
+    *(moments, _operator_normalize, grad_moments, grad_input),
+    *(normalize_block, grad_moments_block, grad_input_block),
+)
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
 def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
-    """The operators; or, of plain tensors on the current device and where nothing would see an
-    operator, what they run, as the dispatcher takes 3 us for each. To be called without grad mode.
+    """The operators; or what they run, as torch's dispatcher takes 3 us for each, of plain tensors
+    on the current device, where nothing records, profiles, traces or transforms what is called.
+
+    To be called without grad mode.
     """
-    if torch.compiler.is_compiling() or _operators_are_seen():
-        return _OPERATORS
-    if type(input) is not Tensor or not _PLAIN_TYPES.issuperset(map(type, others)):
-        return _OPERATORS
-    if not input.is_cuda:
-        return _steps_on(input.device.type)
-    return _steps_on("cuda") if input.device.index == torch.cuda.current_device() else _OPERATORS
-
-
-def _operators_are_seen() -> bool:
-    """Whether torch records, profiles, traces or transforms what is called."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+    if (
+        torch.compiler.is_compiling()
+        or type(input) is not Tensor
+        or not _PLAIN_TYPES.issuperset(map(type, others))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-    )
+        or (input.is_cuda and input.device.index != torch.cuda.current_device())
+    ):
+        return _OPERATORS
+    return _steps_on("cpu" if input.is_cpu else input.device.type)
