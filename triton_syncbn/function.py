@@ -71,40 +71,39 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight, bias and residual."""
-        input, weight, moments, *others = ctx.saved_tensors
         setting: Setting = ctx.setting
-        saved: dict[str, Any] = dict(zip(ctx.names, others, strict=True))
+        input, weight, moments, *others = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
+            saved = dict(zip(ctx.names, others, strict=True))
             return _differentiable_gradients(ctx, grad_output, input, weight, moments, saved)
+        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        weight_dtype = weight.dtype if needs_weight else None
+        bias_dtype = ctx.bias_dtype if needs_bias else None
         steps = ops.steps_for(grad_output, input, weight, *others)
-        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        of_weight = weight.dtype if needs_weight else None
-        of_bias = ctx.bias_dtype if needs_bias else None
-        grad_input = grad_residual = None
-        if not saved:
-            grad_moments, grad_weight, grad_bias = steps.grad_moments(
-                grad_output, input, moments, of_weight, of_bias, setting.eps
-            )
-            if needs_input:
-                if setting.group is not None:
-                    grad_moments = all_reduce(
-                        grad_moments, setting.group, setting.layer_name, "backward"
-                    )
-                grad_input = steps.grad_input(
-                    grad_output, input, moments, grad_moments, weight, setting.eps
-                )
-            if needs_residual:
-                grad_residual = grad_output
-        else:
-            grad_input, grad_weight, grad_bias, grad_residual = _gradients_of_block(
+        if others:
+            saved = dict(zip(ctx.names, others, strict=True))
+            gradients = _gradients_of_block(
                 *(steps, grad_output, input, weight, moments, setting, saved),
-                *((of_weight, of_bias), ctx.needs_input_grad),
+                *((weight_dtype, bias_dtype), ctx.needs_input_grad),
+            )
+            return *gradients, None, None
+        grad_moments, grad_weight, grad_bias = steps.grad_moments(
+            grad_output, input, moments, weight_dtype, bias_dtype, setting.eps
+        )
+        grad_input = None
+        if needs_input:
+            if setting.group is not None:
+                grad_moments = all_reduce(
+                    grad_moments, setting.group, setting.layer_name, "backward"
+                )
+            grad_input = steps.grad_input(
+                grad_output, input, moments, grad_moments, weight, setting.eps
             )
         return (
-            grad_input if needs_input else None,
+            grad_input,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            grad_residual,
+            grad_output if needs_residual else None,
             None,
             None,
         )
@@ -208,7 +207,12 @@ def _gradients_of_block(
         )
         if makes_residual:
             grad_residual = made
-    return grad_input, grad_weight, grad_bias, grad_residual
+    return (
+        grad_input if needs_input else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        grad_residual,
+    )
 
 
 def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:

@@ -17,6 +17,7 @@ from .activations import ACTIVATIONS
 from .function import Setting, SyncBatchNormFunction
 from .operands import RunningStatistics
 
+_PLAIN_TYPES = frozenset({Tensor, Parameter})
 _HAS_DISTRIBUTED = dist.is_available()
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -86,7 +87,7 @@ def sync_batch_norm(
             nobody change, as with torch's own batch norm.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
-    group = _group_to_synchronize(process_group, training, input.device)
+    group = _group_to_synchronize(process_group, training, input)
     if num_batches_tracked is not None:
         _check_counter(num_batches_tracked, input)
     elif momentum is None and training and running_mean is not None:
@@ -192,7 +193,7 @@ def _torch_batch_norm(
     return F.batch_norm(input, mean, variance, weight, bias, training=mean is None, eps=eps)
 
 
-def _group_to_synchronize(process_group: Any, training: bool, device: torch.device) -> Any:
+def _group_to_synchronize(process_group: Any, training: bool, input: Tensor) -> Any:
     """The group whose ranks share their statistics, or None if this process is alone or is not
     training.
     """
@@ -206,13 +207,17 @@ def _group_to_synchronize(process_group: Any, training: bool, device: torch.devi
         return None
     if group is None or group.size() == 1:
         return None
-    if device.type != "cuda" and not torch.compiler.is_compiling():
-        backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
-        if f"{device.type}:" not in backends:
-            raise ValueError(
-                f"input: expected a device that the process group serves ({backends}), got {device}"
-            )
+    if not input.is_cuda and not torch.compiler.is_compiling():
+        _check_served(input.device, group)
     return group
+
+
+def _check_served(device: torch.device, group: Any) -> None:
+    backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    if f"{device.type}:" not in backends:
+        raise ValueError(
+            f"input: expected a device that the process group serves ({backends}), got {device}"
+        )
 
 
 def _check_tensors(
@@ -229,19 +234,20 @@ def _check_tensors(
         raise TypeError(f"input: expected a dense torch.Tensor, got a {kind.strip('_')} one")
     if input.dtype not in _DTYPES:
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.dim() < 2:
+    shape = input.shape
+    if len(shape) < 2:
         raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
-    if input.shape[1] == 0:
+    if shape[1] == 0:
         raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             f"{missing}: expected a tensor, as the other running statistic is one; got None"
         )
-    one_per_channel, device = input.shape[1:2], input.device
+    one_per_channel, device = shape[1:2], input.device
     for tensor in (weight, bias, running_mean, running_var):
         if tensor is not None and not (
-            (type(tensor) is Tensor or type(tensor) is Parameter)
+            type(tensor) in _PLAIN_TYPES
             and tensor.dtype in _DTYPES
             and tensor.shape == one_per_channel
             and tensor.device == device

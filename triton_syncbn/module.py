@@ -123,10 +123,11 @@ class SyncBN(_BatchNorm):
         """
         if isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
-            if input.dim() > 1 and input.shape[1] != self.num_features:
+            shape = input.shape
+            if len(shape) > 1 and shape[1] != self.num_features:
                 raise ValueError(
                     f"input: expected {self.num_features} channels (num_features) in dimension 1, "
-                    f"got shape {tuple(input.shape)}"
+                    f"got shape {tuple(shape)}"
                 )
         activation = self.fused_activation
         added_after = None

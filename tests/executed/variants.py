@@ -285,7 +285,7 @@ def run(
 
     change: what is done to a kernel before it is executed.
     """
-    combine._arrivals.clear()  # whatever a launch before this one left there
+    combine._kept.clear()  # whatever a launch before this one left there
     drawn = draw(variant)
     exact = errors.Exact(drawn.input, drawn.grad_output, drawn.weight, drawn.bias, EPS)
     config = {
