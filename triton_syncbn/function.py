@@ -165,12 +165,16 @@ def _differentiable_gradients(
     block = BlockOperands(setting.activation, setting.activation_slope, running=running, **saved)
     gradients = differentiable.gradients(grad_output, input, weight, moments, setting, block)
     dtypes = input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype, input.dtype
-    return *(
-        gradient.to(dtype) if needed else None
-        for gradient, dtype, needed in zip(
-            gradients, dtypes, ctx.needs_input_grad[:4], strict=True
-        )
-    ), None, None
+    return (
+        *(
+            gradient.to(dtype) if needed else None
+            for gradient, dtype, needed in zip(
+                gradients, dtypes, ctx.needs_input_grad[:4], strict=True
+            )
+        ),
+        None,
+        None,
+    )
 
 
 def _gradients_of_block(

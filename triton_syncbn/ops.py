@@ -11,14 +11,14 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .operands import LAYER_ALONE, BlockOperands, RunningStatistics
+from .operands import BlockOperands, RunningStatistics
 
 _BUFFERS = (
     "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
@@ -390,7 +390,7 @@ def _operator_normalize(
     )
 
 
-_OPERATORS = Steps(
+OPERATORS = Steps(
     *(moments, _operator_normalize, grad_moments, grad_input),
     *(normalize_block, grad_moments_block, grad_input_block),
 )
@@ -414,5 +414,5 @@ def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
         or torch._C._are_functorch_transforms_active()
         or (input.is_cuda and input.device.index != torch.cuda.current_device())
     ):
-        return _OPERATORS
+        return OPERATORS
     return _steps_on("cpu" if input.is_cpu else input.device.type)
