@@ -56,8 +56,8 @@ def add_splits(first, second, partials, arrivals, part, channel, sizes):
     return first, second, holds_totals
 
 
-# Partial sums that are kept for the next launch on a stream: 1 MiB. To add up more takes longer than
-# to allocate it.
+# Partial sums that are kept for the next launch on a stream, 1 MiB: it takes longer to add up more
+# than to allocate it.
 MOST_KEPT = 1 << 17
 _kept: dict[tuple[int | None, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
 

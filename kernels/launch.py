@@ -64,9 +64,7 @@ class Plan:
     def __init__(
         self, blocks: int, programs: int, sizes: tuple[int, ...], tiling: Tiling, num_warps: int
     ) -> None:
-        self.blocks = (
-            blocks  # of channels, which are reduced apart; of a kernel that writes maps, 0
-        )
+        self.blocks = blocks  # of channels that are reduced apart; to write maps, 0
         self.programs = programs
         self.sizes = sizes  # rows, channels, columns, splits; then, to write maps, the reciprocal
         self.splits = sizes[3]

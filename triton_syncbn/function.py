@@ -38,7 +38,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     @classmethod
     def run(cls, *arguments: Any) -> Tensor:
-        """As `apply`, which looks at each argument whether it is what torch.func has left behind."""
+        """As `apply`, which first looks for arguments that torch.func has left behind."""
         if torch.compiler.is_compiling():
             return cls.apply(*arguments)
         return super(torch.autograd.Function, cls).apply(*arguments)

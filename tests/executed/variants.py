@@ -219,14 +219,14 @@ class Block:
         self.drawn = drawn
         self.activation = variant.activation
         self.gates = None
-        if variant.activation is not None:
-            if variant.residual and ACTIVATIONS[variant.activation].gated:
-                self.gates = ops.new_gates(drawn.input, True)
-                reference.normalize(
-                    *(drawn.input, reference.moments(drawn.input), drawn.weight, drawn.bias),
-                    eps=EPS,
-                    block=self.in_forward(self.gates),
-                )
+        gated = variant.activation is not None and ACTIVATIONS[variant.activation].gated
+        if gated and variant.residual:
+            self.gates = ops.new_gates(drawn.input, True)
+            reference.normalize(
+                *(drawn.input, reference.moments(drawn.input), drawn.weight, drawn.bias),
+                eps=EPS,
+                block=self.in_forward(self.gates),
+            )
 
     def in_forward(self, gates: torch.Tensor | None) -> BlockOperands:
         """That of normalize."""
