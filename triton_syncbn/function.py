@@ -15,6 +15,7 @@ from .operands import BlockOperands, RunningStatistics
 class Setting(NamedTuple):
     """What a layer is told beside tensors."""
 
+    momentum: float | None
     eps: float
     group: Any  # None: this process is alone
     layer_name: str  # in errors
@@ -50,15 +51,19 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running: RunningStatistics,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
         setting: Setting,
     ) -> Tensor:
         """Normalize (N, C, *spatial), unchecked."""
-        steps = ops.steps_for(input, weight, bias, residual, *running[:3])
+        buffers = running_mean, running_var, num_batches_tracked
+        steps = ops.steps_for(input, weight, bias, residual, *buffers)
+        running = RunningStatistics(*buffers, setting.momentum)
         moments = None if setting.frozen else _moments_of_all_ranks(steps, input, setting)
         ctx.setting = setting
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if residual is None and running.mean is not None and setting.is_of_layer_alone:
+        if residual is None and running_mean is not None and setting.is_of_layer_alone:
             ctx.save_for_backward(input, weight, moments)
             ctx.names = ()
             return steps.normalize(input, moments, weight, bias, eps=setting.eps, running=running)
@@ -86,7 +91,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 *(steps, grad_output, input, weight, moments, setting, saved),
                 *((weight_dtype, bias_dtype), ctx.needs_input_grad),
             )
-            return *gradients, None, None
+            return *gradients, *[None] * 4
         grad_moments, grad_weight, grad_bias = steps.grad_moments(
             grad_output, input, moments, weight_dtype, bias_dtype, setting.eps
         )
@@ -104,8 +109,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             grad_output if needs_residual else None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -172,8 +176,7 @@ def _differentiable_gradients(
                 gradients, dtypes, ctx.needs_input_grad[:4], strict=True
             )
         ),
-        None,
-        None,
+        *[None] * 4,
     )
 
 

@@ -129,13 +129,16 @@ def sync_batch_norm(
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
+    buffers = running_mean, running_var, num_batches_tracked
     if in_plain_torch:
+        running = RunningStatistics(*buffers, momentum)
         output = differentiable.batch_norm(input, weight, bias, running, eps, group, layer_name)
         return _add_and_activate(output, residual, activation, activation_slope)
     alone = training and activation is None
-    setting = Setting(eps, group, layer_name, not training, activation, activation_slope, alone)
-    return SyncBatchNormFunction.run(input, weight, bias, residual, running, setting)
+    setting = Setting(
+        momentum, eps, group, layer_name, not training, activation, activation_slope, alone
+    )
+    return SyncBatchNormFunction.run(input, weight, bias, residual, *buffers, setting)
 
 
 def _add_and_activate(
