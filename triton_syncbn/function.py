@@ -15,7 +15,6 @@ from .operands import BlockOperands, RunningStatistics
 class Setting(NamedTuple):
     """What a layer is told beside tensors."""
 
-    momentum: float | None
     eps: float
     group: Any  # None: this process is alone
     layer_name: str  # in errors
@@ -51,23 +50,23 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
+        running: RunningStatistics,
         setting: Setting,
+        *buffers: Tensor | None,
     ) -> Tensor:
-        """Normalize (N, C, *spatial), unchecked."""
-        buffers = running_mean, running_var, num_batches_tracked
-        steps = ops.steps_for(input, weight, bias, residual, *buffers)
-        running = RunningStatistics(*buffers, setting.momentum)
-        moments = None if setting.frozen else _moments_of_all_ranks(steps, input, setting)
+        """Normalize (N, C, *spatial), unchecked. buffers: those of `running`, for torch.jit.trace,
+        which wants all tensors; else none, as each takes autograd a microsecond.
+        """
+        steps = ops.steps_for(input, weight, bias, residual, *running[:3])
+        dense = input if steps is ops.OPERATORS else ops.dense(input)
+        moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
         ctx.setting = setting
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if residual is None and running_mean is not None and setting.is_of_layer_alone:
+        if residual is None and running.mean is not None and setting.is_of_layer_alone:
             ctx.save_for_backward(input, weight, moments)
             ctx.names = ()
-            return steps.normalize(input, moments, weight, bias, eps=setting.eps, running=running)
-        operands = input, moments, weight, bias, residual
+            return steps.normalize(dense, moments, weight, bias, eps=setting.eps, running=running)
+        operands = dense, moments, weight, bias, residual
         output, saved = _normalize_block(steps, *operands, running, setting)
         ctx.save_for_backward(input, weight, moments, *saved.values())
         ctx.names = tuple(saved)
@@ -76,40 +75,46 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight, bias and residual."""
-        setting: Setting = ctx.setting
         input, weight, moments, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
-            saved = dict(zip(ctx.names, others, strict=True))
-            return _differentiable_gradients(ctx, grad_output, input, weight, moments, saved)
-        needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+            gradients = _differentiable_gradients(ctx, grad_output, input, weight, moments, others)
+            return *gradients, *[None] * (len(needed) - 4)
+        setting: Setting = ctx.setting
+        needs_input, needs_weight, needs_bias, needs_residual = needed[:4]
         weight_dtype = weight.dtype if needs_weight else None
         bias_dtype = ctx.bias_dtype if needs_bias else None
+        grad_residual = grad_output if needs_residual else None
         steps = ops.steps_for(grad_output, input, weight, *others)
+        if steps is not ops.OPERATORS:
+            input = ops.dense(input)
+            grad_output = ops.laid_out_like(grad_output, input)
+        grad_input = None
         if others:
             saved = dict(zip(ctx.names, others, strict=True))
-            gradients = _gradients_of_block(
+            grad_input, grad_weight, grad_bias, made = _gradients_of_block(
                 *(steps, grad_output, input, weight, moments, setting, saved),
-                *((weight_dtype, bias_dtype), ctx.needs_input_grad),
+                *((weight_dtype, bias_dtype), needed),
             )
-            return *gradients, *[None] * 4
-        grad_moments, grad_weight, grad_bias = steps.grad_moments(
-            grad_output, input, moments, weight_dtype, bias_dtype, setting.eps
-        )
-        grad_input = None
-        if needs_input:
-            if setting.group is not None:
-                grad_moments = all_reduce(
-                    grad_moments, setting.group, setting.layer_name, "backward"
+            grad_residual = grad_residual if made is None else made
+        else:
+            grad_moments, grad_weight, grad_bias = steps.grad_moments(
+                grad_output, input, moments, weight_dtype, bias_dtype, setting.eps
+            )
+            if needs_input:
+                if setting.group is not None:
+                    grad_moments = all_reduce(
+                        grad_moments, setting.group, setting.layer_name, "backward"
+                    )
+                grad_input = steps.grad_input(
+                    grad_output, input, moments, grad_moments, weight, setting.eps
                 )
-            grad_input = steps.grad_input(
-                grad_output, input, moments, grad_moments, weight, setting.eps
-            )
         return (
-            grad_input,
+            grad_input if needs_input else None,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            grad_output if needs_residual else None,
-            *[None] * 4,
+            grad_residual,
+            *[None] * (len(needed) - 4),
         )
 
 
@@ -161,23 +166,19 @@ def _differentiable_gradients(
     input: Tensor,
     weight: Tensor | None,
     moments: Tensor | None,
-    saved: dict[str, Any],
-) -> tuple[Tensor | None, ...]:
-    """What backward returns, by operators that torch can differentiate."""
+    others: list[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of input, weight, bias and residual, by operators that torch can differentiate."""
     setting: Setting = ctx.setting
+    saved: dict[str, Any] = dict(zip(ctx.names, others, strict=True))
     running = RunningStatistics(saved.pop("running_mean", None), saved.pop("running_var", None))
     block = BlockOperands(setting.activation, setting.activation_slope, running=running, **saved)
     gradients = differentiable.gradients(grad_output, input, weight, moments, setting, block)
     dtypes = input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype, input.dtype
-    return (
-        *(
-            gradient.to(dtype) if needed else None
-            for gradient, dtype, needed in zip(
-                gradients, dtypes, ctx.needs_input_grad[:4], strict=True
-            )
-        ),
-        *[None] * 4,
-    )
+    return [
+        gradient.to(dtype) if needed else None
+        for gradient, dtype, needed in zip(gradients, dtypes, ctx.needs_input_grad[:4], strict=True)
+    ]
 
 
 def _gradients_of_block(
@@ -191,7 +192,9 @@ def _gradients_of_block(
     dtypes: tuple[Any, Any],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight, bias and residual, of an activation or of a frozen layer."""
+    """Gradients of input, weight and bias, of an activation or of a frozen layer; and that of the
+    residual where it is another than that of the output.
+    """
     needs_input, needs_weight, needs_bias, needs_residual = needs[:4]
     grad_moments = grad_weight = grad_bias = grad_input = None
     makes_residual = needs_residual and setting.activation is not None
@@ -201,7 +204,7 @@ def _gradients_of_block(
         grad_moments, grad_weight, grad_bias = steps.grad_moments_block(
             *(grad_output, input, moments, *dtypes, setting.eps), weight=weight, **block
         )
-    grad_residual = grad_output if needs_residual else None
+    grad_residual = None
     if needs_input or makes_residual:
         if setting.group is not None and needs_input and grad_moments is not None:
             grad_moments = all_reduce(grad_moments, setting.group, setting.layer_name, "backward")
@@ -214,12 +217,7 @@ def _gradients_of_block(
         )
         if makes_residual:
             grad_residual = made
-    return (
-        grad_input if needs_input else None,
-        grad_weight if needs_weight else None,
-        grad_bias if needs_bias else None,
-        grad_residual,
-    )
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
 def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:

@@ -129,16 +129,14 @@ def sync_batch_norm(
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    buffers = running_mean, running_var, num_batches_tracked
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     if in_plain_torch:
-        running = RunningStatistics(*buffers, momentum)
         output = differentiable.batch_norm(input, weight, bias, running, eps, group, layer_name)
         return _add_and_activate(output, residual, activation, activation_slope)
     alone = training and activation is None
-    setting = Setting(
-        momentum, eps, group, layer_name, not training, activation, activation_slope, alone
-    )
-    return SyncBatchNormFunction.run(input, weight, bias, residual, *buffers, setting)
+    setting = Setting(eps, group, layer_name, not training, activation, activation_slope, alone)
+    buffers = () if torch._C._get_tracing_state() is None else running[:3]
+    return SyncBatchNormFunction.run(input, weight, bias, residual, running, setting, *buffers)
 
 
 def _add_and_activate(

@@ -107,10 +107,6 @@ def _backend_of_blocks(backend: Any) -> Any:
     return reference if backend is cpu else backend
 
 
-def _moments(backend: Any, input: Tensor) -> Tensor:
-    return backend.moments(dense(input))
-
-
 def _normalize(
     backend: Any,
     input: Tensor,
@@ -126,7 +122,7 @@ def _normalize(
         # In a backward, so activation checkpointing computes a forward again, whose batch the
         # running statistics have seen. Decided here, as a compiled graph has no other place for it.
         running = RunningStatistics(momentum=running.momentum)
-    return backend.normalize(dense(input), moments, weight, bias, eps=eps, running=running, **block)
+    return backend.normalize(input, moments, weight, bias, eps=eps, running=running, **block)
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -176,24 +172,11 @@ def _running(
     return RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
 
 
-def _grad_moments(
-    backend: Any, grad_output: Tensor, input: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    input = dense(input)
-    return backend.grad_moments(laid_out_like(grad_output, input), input, *arguments)
-
-
 def _grad_moments_block(
     backend: Any, grad_output: Tensor, input: Tensor, *arguments: Any, **operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     block = _block_in_backward(input, **operands)
-    backend = _backend_of_blocks(backend)
-    return _grad_moments(backend, grad_output, input, *arguments, block)
-
-
-def _grad_input(backend: Any, grad_output: Tensor, input: Tensor, *arguments: Any) -> Tensor:
-    input = dense(input)
-    return backend.grad_input(laid_out_like(grad_output, input), input, *arguments)
+    return _backend_of_blocks(backend).grad_moments(grad_output, input, *arguments, block)
 
 
 def _grad_input_block(
@@ -204,12 +187,12 @@ def _grad_input_block(
     makes_residual: bool = False,
     **operands: Any,
 ) -> tuple[Tensor, Tensor]:
-    grad_residual = torch.empty_like(dense(input)) if makes_residual else input.new_empty(0)
+    grad_residual = torch.empty_like(input) if makes_residual else input.new_empty(0)
     block = _block_in_backward(input, **operands)
     if makes_residual:
         block = block._replace(grad_residual=grad_residual)
-    backend = _backend_of_blocks(backend)
-    return _grad_input(backend, grad_output, input, *arguments, block), grad_residual
+    gradient = _backend_of_blocks(backend).grad_input(grad_output, input, *arguments, block)
+    return gradient, grad_residual
 
 
 def _block_in_backward(
@@ -226,7 +209,7 @@ def _block_in_backward(
 
 def _beside(input: Tensor, residual: Tensor | None) -> Tensor | None:
     """The residual as a step is given it, in memory as the input is."""
-    return None if residual is None else laid_out_like(residual, dense(input))
+    return None if residual is None else laid_out_like(residual, input)
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -309,7 +292,9 @@ def _grad_input_block_shape(
 
 
 class Steps(NamedTuple):
-    """A function for each step: of a layer as in reference.py, of a block as its operator."""
+    """A function for each step: of a layer as in reference.py, of a block as its operator. But for
+    the operators themselves, they take an input that is dense, and what lies in memory as it does.
+    """
 
     moments: Callable[..., Any]
     normalize: Callable[..., Any]
@@ -329,10 +314,16 @@ _SHAPES = Steps(
 @functools.cache
 def _steps_on(device_type: str) -> Steps:
     """The steps on tensors of the current device of a type."""
-    layer = _moments, _normalize, _grad_moments, _grad_input
-    block = _normalize_block, _grad_moments_block, _grad_input_block
     backend = _backend(device_type)
-    return Steps(*(functools.partial(step, backend) for step in layer + block))
+    return Steps(
+        backend.moments,
+        functools.partial(_normalize, backend),
+        backend.grad_moments,
+        backend.grad_input,
+        functools.partial(_normalize_block, backend),
+        functools.partial(_grad_moments_block, backend),
+        functools.partial(_grad_input_block, backend),
+    )
 
 
 def _implementation(name: str) -> Callable[..., Any]:
@@ -341,6 +332,12 @@ def _implementation(name: str) -> Callable[..., Any]:
     def run(*arguments: Any, **settings: Any) -> Any:
         device = arguments[0].device
         step = getattr(_steps_on(device.type), name)
+        if name.startswith("grad"):
+            grad_output, input, *others = arguments
+            input = dense(input)
+            arguments = laid_out_like(grad_output, input), input, *others
+        else:
+            arguments = dense(arguments[0]), *arguments[1:]
         if name == "normalize":
             settings = {"eps": settings.pop("eps"), "running": _running(**settings)}
         if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -398,8 +395,8 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
 def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
-    """The operators; or what they run, as torch's dispatcher takes 3 us for each, of plain tensors
-    on the current device, where nothing records, profiles, traces or transforms what is called.
+    """`OPERATORS`; or what they run, as torch's dispatcher takes 3 us for each, of plain tensors on
+    the current device, where nothing records, profiles, traces or transforms what is called.
 
     To be called without grad mode.
     """
