@@ -36,7 +36,6 @@ from .tuned_configs import lookup
 # by no more than is here.
 IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 ALIGNMENT = 16  # bytes
-NO_HOOKS = None, None, None  # what they are told, on entering, on leaving
 # Empty, all of them, unless somebody in this process sees launches or has turned a knob.
 _CHANGES: tuple[Any, ...] = ("nothing is known of this Triton",)
 if IS_KNOWN:
@@ -53,9 +52,8 @@ class Launched(NamedTuple):
 
     compiled: CompiledKernel  # keeps the kernel in the driver
     run: Any
-    function: Any
-    packed_metadata: Any
-    constants: tuple[Any, ...]
+    before: tuple[Any, ...]  # the function, its metadata, and no hooks nor what they are told
+    after: tuple[Any, ...]  # sizes and constants
 
 
 class Plan:
@@ -142,15 +140,9 @@ def launch(
         if is_kernel and not together % ALIGNMENT and compiled.metadata.target.backend == "cuda":
             plan.launched[key] = _as_called(compiled, kernel, plan, constants)
         return
-    launched.run(
-        *(programs, 1, 1, gpu.get_current_stream(device)),
-        *(launched.function, launched.packed_metadata),
-        *NO_HOOKS,
-        *addresses,
-        *numbers,
-        *plan.sizes,
-        *launched.constants,
-    )
+    _, run, before, after = launched
+    stream = gpu.get_current_stream(device)
+    run(programs, 1, 1, stream, *before, *addresses, *numbers, *after)
 
 
 def _launch_by_triton(
@@ -174,6 +166,7 @@ def _launch_by_triton(
 def _as_called(
     compiled: CompiledKernel, kernel: Any, plan: Plan, constants: dict[str, Any]
 ) -> Launched:
+    before = compiled.function, compiled.packed_metadata, None, None, None
     names = (kernel.arg_names[number] for number in kernel.constexprs)
-    values = tuple({"TILING": plan.tiling, **constants}[name] for name in names)
-    return Launched(compiled, compiled.run, compiled.function, compiled.packed_metadata, values)
+    values = ({"TILING": plan.tiling, **constants}[name] for name in names)
+    return Launched(compiled, compiled.run, before, (*plan.sizes, *values))

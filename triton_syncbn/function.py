@@ -57,7 +57,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Normalize (N, C, *spatial), unchecked. buffers: those of `running`, for torch.jit.trace,
         which wants all tensors; else none, as each takes autograd a microsecond.
         """
-        steps = ops.steps_for(input, weight, bias, residual, *running[:3])
+        steps = (
+            ops.OPERATORS if buffers else ops.steps_for(input, weight, bias, residual, *running[:3])
+        )
         dense = input if steps is ops.OPERATORS else ops.dense(input)
         moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
         ctx.setting = setting
@@ -85,7 +87,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight_dtype = weight.dtype if needs_weight else None
         bias_dtype = ctx.bias_dtype if needs_bias else None
         grad_residual = grad_output if needs_residual else None
-        steps = ops.steps_for(grad_output, input, weight, *others)
+        steps = ops.OPERATORS
+        if torch._C._get_tracing_state() is None:
+            steps = ops.steps_for(grad_output, input, weight, *others)
         if steps is not ops.OPERATORS:
             input = ops.dense(input)
             grad_output = ops.laid_out_like(grad_output, input)
@@ -223,7 +227,8 @@ def _gradients_of_block(
 def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:
     if setting.group is None:
         return steps.moments(input)
-    if torch.compiler.is_compiling() or not this_thread.regions:
+    compiling = steps is ops.OPERATORS and torch.compiler.is_compiling()
+    if compiling or not this_thread.regions:
         return all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
     moments = take_sums(setting.layer_name)
     if moments is None:

@@ -110,19 +110,15 @@ def _backend_of_blocks(backend: Any) -> Any:
 def _normalize(
     backend: Any,
     input: Tensor,
-    moments: Tensor | None,
+    moments: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
     eps: float,
     running: RunningStatistics,
-    **block: BlockOperands,
 ) -> Tensor:
-    if moments is not None and torch._C._current_graph_task_id() != -1:
-        # In a backward, so activation checkpointing computes a forward again, whose batch the
-        # running statistics have seen. Decided here, as a compiled graph has no other place for it.
-        running = RunningStatistics(momentum=running.momentum)
-    return backend.normalize(input, moments, weight, bias, eps=eps, running=running, **block)
+    running = _unless_again(running)
+    return backend.normalize(input, moments, weight, bias, eps=eps, running=running)
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -141,9 +137,7 @@ def _normalize_block(
     backend: Any,
     input: Tensor,
     moments: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
+    *parameters: Tensor | None,
     eps: float,
     residual: Tensor | None = None,
     keeps_gates: bool = False,
@@ -152,15 +146,25 @@ def _normalize_block(
     **buffers: Any,
 ) -> tuple[Tensor, Tensor]:
     gates = new_gates(input, keeps_gates)
-    block = {}
-    if moments is None or activation is not None or residual is not None:
-        backend = _backend_of_blocks(backend)
-        residual = _beside(input, residual)
-        kept = gates if keeps_gates else None
-        block["block"] = BlockOperands(activation, activation_slope, residual, kept)
     running = _running(**buffers)
-    tensors = input, moments, weight, bias
-    return _normalize(backend, *tensors, eps=eps, running=running, **block), gates
+    if moments is not None:
+        running = _unless_again(running)
+        if activation is None and residual is None:
+            settings = {"eps": eps, "running": running}
+            return backend.normalize(input, moments, *parameters, **settings), gates
+    kept = gates if keeps_gates else None
+    block = BlockOperands(activation, activation_slope, _beside(input, residual), kept)
+    settings = {"eps": eps, "running": running, "block": block}
+    return _backend_of_blocks(backend).normalize(input, moments, *parameters, **settings), gates
+
+
+def _unless_again(running: RunningStatistics) -> RunningStatistics:
+    """What a forward moves. In a backward activation checkpointing computes one again, whose batch
+    the running statistics have seen. Decided here, as a compiled graph has no other place for it.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return running
+    return RunningStatistics(momentum=running.momentum)
 
 
 def _running(
@@ -396,7 +400,7 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
     """`OPERATORS`; or what they run, as torch's dispatcher takes 3 us for each, of plain tensors on
-    the current device, where nothing records, profiles, traces or transforms what is called.
+    the current device, where nothing records, profiles or transforms what is called.
 
     To be called without grad mode.
     """
@@ -407,7 +411,6 @@ def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or (input.is_cuda and input.device.index != torch.cuda.current_device())
     ):
