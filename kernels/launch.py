@@ -119,7 +119,7 @@ def launch(
         return
     gpu = driver.active
     device = gpu.get_current_device()
-    kinds = [device, *constants.values()]
+    kinds: list[Any] = [device, *map(id, constants.values())]  # which are kept, see Launched.after
     addresses: list[int | None] = []
     together = 0
     for tensor in tensors:
