@@ -124,10 +124,11 @@ class SyncBN(_BatchNorm):
         """
         if isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
-            if input.dim() > 1 and input.shape[1] != self.num_features:
+            shape = input.shape
+            if len(shape) > 1 and shape[1] != self.num_features:
                 raise ValueError(
                     f"input: expected {self.num_features} channels (num_features) in dimension 1, "
-                    f"got shape {tuple(input.shape)}"
+                    f"got shape {tuple(shape)}"
                 )
         activation = self.fused_activation
         added_after = None
@@ -135,17 +136,19 @@ class SyncBN(_BatchNorm):
             # This add broadcasts or promotes, and is done as it was before it was fused.
             activation, added_after, residual = None, residual, None
         training = self.training and not self.frozen_statistics
-        track = not training or self.track_running_stats
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
+        if training and not self.track_running_stats:
+            running_mean = running_var = num_batches_tracked = None
         output = sync_batch_norm(
             input,
-            self.running_mean if track else None,
-            self.running_var if track else None,
-            self.weight,
-            self.bias,
+            running_mean,
+            running_var,
+            weight,
+            bias,
             training,
             self.momentum,
             self.eps,
-            num_batches_tracked=self.num_batches_tracked if track else None,
+            num_batches_tracked=num_batches_tracked,
             process_group=self.process_group,
             residual=residual,
             activation=activation,
@@ -198,6 +201,21 @@ class SyncBN(_BatchNorm):
             activation_slope=self.fused_slope,
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Parameters and buffers, from where they are: asking torch takes 0.6 us for each."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+            )
+        except KeyError:  # something else has taken the place of one, as parametrize does
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            return self.weight, self.bias, *running
 
     def _check_input_dim(self, input: Tensor) -> None:
         """A layer that was made as SyncBN takes any; a converted one has the check of its class."""

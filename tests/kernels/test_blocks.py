@@ -16,6 +16,7 @@ from tests.support.inputs import LAYOUTS, random
 from tests.support.steps import kernel
 from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
+from triton_syncbn.operands import NOT_TRACKED, BlockOperands, RunningStatistics
 
 EPS = 1e-5
 SHAPES = {"vectors": (3, 16, 4, 8), "odd rows": (2, 8, 5, 7), "no vectors": (3, 5, 3, 7)}
@@ -41,10 +42,8 @@ class Block:
             self.gates = ops.new_gates(self.x, True).fill_(255)
 
     def run(self):
-        buffers = {}
-        if self.frozen:
-            buffers = dict(zip(("running_mean", "running_var"), self.statistics, strict=True))
-        settings = {"activation": self.activation, "activation_slope": SLOPE, "gates": self.gates}
+        running = RunningStatistics(*self.statistics) if self.frozen else NOT_TRACKED
+        block = BlockOperands(self.activation, SLOPE, self.residual, self.gates)
         moments = None if self.frozen else self.step("moments")(self.x)
         output = self.step("normalize")(
             self.x,
@@ -52,26 +51,19 @@ class Block:
             self.weight,
             self.bias,
             eps=EPS,
-            residual=self.residual,
-            **buffers,
-            **settings,
+            running=running,
+            block=block,
         )
-        if self.activation and self.gates is None:
-            settings["residual"] = self.residual
+        if not self.activation or self.gates is not None:
+            block = block._replace(residual=None)
+        block = block._replace(weight=self.weight, bias=self.bias, running=running)
         sums, grad_weight, grad_bias = self.step("grad_moments")(
-            *(self.dy, self.x, moments, torch.float32, torch.float32, EPS),
-            weight=self.weight,
-            bias=self.bias,
-            **buffers,
-            **settings,
+            *(self.dy, self.x, moments, torch.float32, torch.float32, EPS, block)
         )
         grad_residual = None if self.residual is None else torch.empty_like(self.x)
         grad_input = self.step("grad_input")(
             *(self.dy, self.x, moments, None if self.frozen else sums, self.weight, EPS),
-            bias=self.bias,
-            grad_residual=grad_residual,
-            **buffers,
-            **settings,
+            block._replace(grad_residual=grad_residual),
         )
         return blocks.Gradients(output, grad_input, grad_weight, grad_bias, grad_residual)
 
@@ -144,7 +136,8 @@ def test_bytes_of_a_block(activation, residual, forward, backward, layout):
     def metered(name):
         def run(*arguments, **settings):
             if activation is None and name == "grad_input":
-                settings["grad_residual"] = None  # it is the gradient of y itself
+                *arguments, block = arguments  # the gradient of the residual is that of y itself
+                arguments.append(block._replace(grad_residual=None))
             with interpreter.metered() as meter:
                 result = kernel(name, device)(*arguments, **settings)
             # a map has elements of two bytes, gates are bytes; all else is float32 or float64

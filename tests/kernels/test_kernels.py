@@ -7,6 +7,7 @@ from tests.support import oracle
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, random
 from tests.support.steps import kernel, run_steps
 from triton_syncbn import reference
+from triton_syncbn.operands import RunningStatistics
 
 # A lane that a mask keeps out reaches no result here, whatever it holds.
 pytestmark = pytest.mark.usefixtures("undefined_masked_lanes")
@@ -114,7 +115,7 @@ def test_offsets_of_64_bits(layout, device, monkeypatch):
     """Blocks of large tensors are addressed with 64 bits; here a small one is, with the same
     result.
     """
-    from triton_syncbn.kernels import launch_config
+    from triton_syncbn.kernels import launch, launch_config
 
     input = random((3, 5, 9, 6), torch.float32, device, layout)
     moments = reference.moments(input)
@@ -122,11 +123,11 @@ def test_offsets_of_64_bits(layout, device, monkeypatch):
     results = []
     for threshold in (launch_config.WIDE_FROM, 0):
         monkeypatch.setattr(launch_config, "WIDE_FROM", threshold)
-        launch_config.tiling.cache_clear()
+        launch._plan.cache_clear()
         output = kernel("normalize", device)(input, moments, None, None, eps=1e-5)
         grad_input = kernel("grad_input", device)(input, input, moments, sums, None, 1e-5)
         results.append((output, grad_input))
-    launch_config.tiling.cache_clear()
+    launch._plan.cache_clear()
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 
@@ -190,8 +191,8 @@ def test_buffers_of_low_precision_are_updated_in_float64(device):
         mean, variance = (
             torch.full((4,), value, dtype=dtype, device=device) for value in (0.0, 1.0)
         )
-        buffers = {"running_mean": mean, "running_var": variance}
-        kernel("normalize", device)(input, moments, None, None, **buffers, momentum=0.25, eps=1e-5)
+        running = RunningStatistics(mean, variance, momentum=0.25)
+        kernel("normalize", device)(input, moments, None, None, eps=1e-5, running=running)
         expected = 0.25 * input.double().mean((0, 2))
         assert oracle.error_in_ulp(mean.cpu(), expected.cpu()) <= (
             0.51 if dtype != torch.float64 else 2**30

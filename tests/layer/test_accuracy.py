@@ -9,6 +9,7 @@ from numerics.errors import NOISE
 
 from tests.support import oracle
 from triton_syncbn import cpu, ops, reference
+from triton_syncbn.operands import RunningStatistics
 
 
 def assert_exact(example: examples.Example, result: oracle.Result) -> None:
@@ -129,7 +130,7 @@ def test_equal_values_have_no_variance(sizes, implementation):
 
 
 @pytest.mark.parametrize(
-    "step", [ops.normalize, cpu.normalize, reference.normalize], ids=table.OURS
+    "step", [ops.OPERATORS.normalize, cpu.normalize, reference.normalize], ids=table.OURS
 )
 def test_first_batch_of_an_average_keeps_its_digits(step):
     """With momentum 1, or None and no batch before, the buffer is that of the batch."""
@@ -138,11 +139,8 @@ def test_first_batch_of_an_average_keeps_its_digits(step):
     counter = torch.tensor(0)
     step(
         *(input, reference.moments(input), None, None),
-        running_mean=mean,
-        running_var=variance,
-        num_batches_tracked=counter,
-        momentum=None,
         eps=1e-5,
+        running=RunningStatistics(mean, variance, counter),
     )
     expected = input.double().transpose(0, 1).flatten(1).var(1)
     assert oracle.relative_error(variance, expected) <= NOISE
