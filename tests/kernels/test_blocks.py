@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from tests.support import blocks, interpreter, oracle
-from tests.support.blocks import SLOPE
+from tests.support.blocks import EPS, SLOPE
 from tests.support.inputs import LAYOUTS, random
 from tests.support.steps import kernel
 from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
 
-EPS = 1e-5
 SHAPES = {"vectors": (3, 16, 4, 8), "odd rows": (2, 8, 5, 7), "no vectors": (3, 5, 3, 7)}
 # Of the norm: half a unit in the last place of bfloat16 at most, some roundings of float32.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}

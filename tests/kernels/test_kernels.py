@@ -5,7 +5,7 @@ import torch
 
 from tests.support import oracle
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, random
-from tests.support.steps import kernel, run_steps
+from tests.support.steps import EPS, kernel, run_steps
 from triton_syncbn import reference
 
 # A lane that a mask keeps out reaches no result here, whatever it holds.
@@ -32,7 +32,7 @@ def test_kernels_agree_with_reference_and_float64(layout, rank, dtype, device):
 
     result = run_steps(lambda name: kernel(name, device), input, grad_output, weight, bias)
     plain = run_steps(lambda name: getattr(reference, name), input, grad_output, weight, bias)
-    exact = oracle.batch_norm(input.cpu(), grad_output.cpu(), weight.cpu(), bias.cpu())
+    exact = oracle.batch_norm(input.cpu(), grad_output.cpu(), weight.cpu(), bias.cpu(), eps=EPS)
 
     assert result.output.dtype == input.dtype
     assert result.output.stride() == result.grad_input.stride() == input.stride()
@@ -166,6 +166,29 @@ def test_nothing_outside_the_tensor_is_read(layout, device):
         assert all(torch.isfinite(tensor).all() for tensor in vars(result).values())
 
 
+@pytest.mark.parametrize("poisoned", ["input", "grad_output"])
+@pytest.mark.parametrize("shape", [(4, 6, 3, 7), (2, 4, 517), (300, 5)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_finite_stays_in_its_channel(layout, shape, poisoned, device):
+    """Rows of odd length share vectors with the channels beside them."""
+    tensors = {
+        "input": random(shape, torch.bfloat16, device, layout),
+        "grad_output": random(shape, torch.bfloat16, device, layout, seed=1),
+        "weight": random(shape[1:2], torch.float32, device, seed=2),
+        "bias": random(shape[1:2], torch.float32, device, seed=3),
+    }
+    finite = run_steps(lambda name: kernel(name, device), **tensors)
+    tensors[poisoned][:, 1], tensors[poisoned][:, 3] = torch.nan, torch.inf
+    result = run_steps(lambda name: kernel(name, device), **tensors)
+    others = [channel for channel in range(shape[1]) if channel not in (1, 3)]
+    for name, actual in vars(result).items():
+        if name != "num_batches_tracked":
+            axis = min(actual.dim() - 1, 1)
+            index = torch.tensor(others, device=device)
+            expected = getattr(finite, name).index_select(axis, index)
+            assert torch.equal(actual.index_select(axis, index), expected), name
+
+
 @pytest.mark.parametrize("parameter_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dtypes_mix(dtype, parameter_dtype, device):
@@ -173,7 +196,7 @@ def test_dtypes_mix(dtype, parameter_dtype, device):
     input, grad_output = (random(shape, dtype, device, seed=seed) for seed in (0, 1))
     weight, bias = (random(shape[1:2], parameter_dtype, device, seed=seed) for seed in (2, 3))
     result = run_steps(lambda name: kernel(name, device), input, grad_output, weight, bias)
-    exact = oracle.batch_norm(input.cpu(), grad_output.cpu(), weight.cpu(), bias.cpu())
+    exact = oracle.batch_norm(input.cpu(), grad_output.cpu(), weight.cpu(), bias.cpu(), eps=EPS)
     assert result.grad_weight.dtype == result.grad_bias.dtype == parameter_dtype
     assert oracle.relative_error(result.output.cpu(), exact.output) <= TOLERANCE[dtype]
     assert oracle.relative_error(result.grad_input.cpu(), exact.grad_input) <= TOLERANCE[dtype]
