@@ -113,8 +113,9 @@ def normalize_kernel(
     program = tl.program_id(0) - 1
     if program < 0:
         if moments is not None:
+            factor = tl.full((), momentum, tl.float64)  # in the interpreter it is a Python number
             update_running_statistics(
-                running_mean, running_var, num_batches_tracked, moments, momentum, sizes, CUMULATIVE
+                running_mean, running_var, num_batches_tracked, moments, factor, sizes, CUMULATIVE
             )
     else:
         walk = walk_of_program(program, splits, sizes, TILING)

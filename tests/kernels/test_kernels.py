@@ -205,20 +205,38 @@ def test_dtypes_mix(dtype, parameter_dtype, device):
     assert oracle.relative_error(result.grad_bias.cpu(), exact.grad_bias) <= limit
 
 
-def test_buffers_of_low_precision_are_updated_in_float64(device):
-    """The step towards the batch is rounded once, to the dtype of the buffer."""
-    input = random((8, 4, 6), torch.float32, device, mean=2.0)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_buffers_are_updated_in_float64(momentum, device):
+    """The step towards the batch is rounded once, to the dtype of the buffer; the momentum never.
+
+    257 channels are more than the program that makes it takes at once.
+    """
+    channels = 257
+    input = random((8, channels, 2), torch.float32, device, mean=2.0)
     moments = kernel("moments", device)(input)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        mean, variance = (
-            torch.full((4,), value, dtype=dtype, device=device) for value in (0.0, 1.0)
+    mean, variance, count = (tensor.cpu() for tensor in reference.mean_and_variance(moments))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        start = {"running_mean": 0.3, "running_var": 0.7}
+        buffers = {
+            name: torch.full((channels,), value, dtype=dtype, device=device)
+            for name, value in start.items()
+        }
+        before = {name: buffer.double().cpu().clone() for name, buffer in buffers.items()}
+        counter = torch.tensor(2, device=device)
+        kernel("normalize", device)(
+            *(input, moments, None, None),
+            **buffers,
+            num_batches_tracked=counter,
+            momentum=momentum,
+            eps=EPS,
         )
-        buffers = {"running_mean": mean, "running_var": variance}
-        kernel("normalize", device)(input, moments, None, None, **buffers, momentum=0.25, eps=1e-5)
-        expected = 0.25 * input.double().mean((0, 2))
-        assert oracle.error_in_ulp(mean.cpu(), expected.cpu()) <= (
-            0.51 if dtype != torch.float64 else 2**30
-        )
+        factor = 1 / 3 if momentum is None else momentum
+        batch = {"running_mean": mean, "running_var": variance * count / (count - 1)}
+        for name, buffer in buffers.items():
+            expected = before[name] + factor * (batch[name] - before[name])
+            # in float64 some roundings, there and here
+            limit = 4 if dtype == torch.float64 else 0.501
+            assert oracle.error_in_ulp(buffer.cpu(), expected) <= limit, (dtype, name)
 
 
 def test_counts_beyond_32_bits(device):

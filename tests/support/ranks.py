@@ -20,8 +20,8 @@ import torch.multiprocessing as multiprocessing
 
 from tests.support import interpreter
 
-# For what comes, on a machine that has other things to do; below the timeout of a test, so that what
-# never comes is an error of the rank that waits.
+# For what comes, on a machine that has other things to do. It ends before a test does, so that what
+# never comes is an error of the rank that waits for it.
 PATIENCE = timedelta(minutes=10)
 KILLED = "killed"  # what a rank returned whose process ended
 
