@@ -189,6 +189,20 @@ def test_debug_changes_no_result(ranks):
         assert all(torch.equal(off[2][name], on[2][name]) for name in off[2])
 
 
+def many_channels(rank, world_size):
+    """More sums than what is sent for small layers holds."""
+    input = torch.randn(2, 9000, generator=torch.Generator().manual_seed(rank))
+    outputs = []
+    for enabled in (False, True):
+        with triton_syncbn.debug(enabled):
+            outputs.append(SyncBN(9000)(input))
+    return torch.equal(*outputs)
+
+
+def test_debug_of_many_channels(reference_ranks):
+    assert reference_ranks.run(many_channels, 2) == [True, True]
+
+
 def test_debug_is_a_switch_and_a_block():
     from triton_syncbn import communication
 
