@@ -24,13 +24,6 @@ STEP = [
 ]
 
 
-@pytest.fixture(params=["kernels", "plain torch"])
-def everywhere(request):
-    """The kernels, and plain torch."""
-    if request.param == "plain torch":
-        request.getfixturevalue("plain_torch")
-
-
 def make_layer(activation, channels=SHAPE[1], **options):
     torch.manual_seed(1)
     layer = SyncBN(
