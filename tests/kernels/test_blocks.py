@@ -17,6 +17,9 @@ from tests.support.steps import kernel
 from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Rows of odd length, which share vectors, and the bytes of eight gates; channels for one byte.
+SMALL = {"channels_first": (4, 2, 3, 5), "channels_last": (2, 8, 3, 5)}
 SHAPES = {"vectors": (3, 16, 4, 8), "odd rows": (2, 8, 5, 7), "no vectors": (3, 5, 3, 7)}
 
 
@@ -90,14 +93,11 @@ def check(block, dtype):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_is_exact(activation, layout, residual, device):
-    shape = SHAPES["odd rows"]
+def test_every_activation_is_exact(activation, dtype, layout, residual, device):
     step = lambda name: kernel(name, device)  # noqa: E731
-    check(
-        Block(step, activation, residual, layout, torch.bfloat16, shape, False, device),
-        torch.bfloat16,
-    )
+    check(Block(step, activation, residual, layout, dtype, SMALL[layout], False, device), dtype)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])

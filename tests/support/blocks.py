@@ -67,16 +67,18 @@ def faults(actual, exact, dtype, torchs=None):
         if value is None:
             continue
         expected = getattr(exact, name)
-        if dtype.itemsize == 2 and name not in ("weight", "bias"):
+        error = oracle.relative_error(value, expected)
+        if dtype == value.dtype == torch.float64:
+            limit = 1e-13
+        elif name in ("weight", "bias"):
+            limit = 5e-6
+        elif dtype.itemsize == 2:
             error = oracle.error_in_ulp(value, expected, 1e-6 * expected.abs().max())
             limit = 0.52
+        elif torchs is not None:
+            limit = 1.25 * oracle.relative_error(getattr(torchs, name), expected)
         else:
-            error = oracle.relative_error(value, expected)
-            limit = (
-                1e-13 if dtype == torch.float64 else 5e-6 if name in ("weight", "bias") else 2e-6
-            )
-            if dtype == torch.float32 and torchs is not None and name not in ("weight", "bias"):
-                limit = 1.25 * oracle.relative_error(getattr(torchs, name), expected)
+            limit = 2e-6
         if not error <= limit:
             found.append(f"{name}: {error:.2e} > {limit:.2e}")
     return found
