@@ -8,7 +8,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --
 ENVIRONMENT := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python3
 
-.PHONY: help compare gpu tune test test-gpu soak architectures executed accuracy sanitize lint format clean
+.PHONY: help compare gpu tune test test-gpu soak versions architectures executed accuracy sanitize lint format clean
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
@@ -17,6 +17,7 @@ help:
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make soak      train many layers for many steps in four processes"
+	@echo "make versions  run the essentials on each Triton; ARGS='--torch 2.12.0' on a torch, ARGS='--python bin/python' where that is"
 	@echo "make architectures   compile every kernel for every architecture: registers, spills, widths"
 	@echo "make executed  execute what is compiled for each architecture; ARGS='--mutations 100' changes it: is it noticed?"
 	@echo "make accuracy  write tests/ACCURACY.md; ARGS='--examples 1000' to check so many drawn cases"
@@ -50,6 +51,9 @@ test-gpu: $(ENVIRONMENT)
 
 soak: $(ENVIRONMENT)
 	$(RUN) -m pytest tests/layer/test_soak.py --soak-steps 300 $(ARGS)
+
+versions: $(ENVIRONMENT)
+	$(RUN) -m tests.versions $(ARGS)
 
 architectures: $(ENVIRONMENT)
 	$(RUN) perf/architectures.py $(ARGS)

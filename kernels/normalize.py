@@ -120,8 +120,10 @@ def normalize_kernel(
     program = tl.program_id(0) - 1
     if program < 0:
         if moments is not None:
+            # In the interpreter it is a Python number, which a call would round to float32.
+            factor = tl.full((), momentum, tl.float64)
             update_running_statistics(
-                running_mean, running_var, num_batches_tracked, moments, momentum, sizes, CUMULATIVE
+                running_mean, running_var, num_batches_tracked, moments, factor, sizes, CUMULATIVE
             )
     else:
         walk = walk_of_program(program, splits, sizes, TILING)

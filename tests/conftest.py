@@ -105,6 +105,13 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cache.cache_clear()
 
 
+@pytest.fixture(params=["kernels", "plain torch"])
+def everywhere(request: pytest.FixtureRequest) -> None:
+    """This process with the kernels in the interpreter, and as users' without a GPU."""
+    if request.param == "plain torch":
+        request.getfixturevalue("plain_torch")
+
+
 @pytest.fixture
 def one_rank(tmp_path: pathlib.Path, plain_torch: None) -> Iterator[None]:
     """A group of this process alone."""
