@@ -30,7 +30,7 @@ from .variants import (
 )
 from .workers import Outcome, Trial, execute, mutate, workers
 
-AT_ONCE = 8  # variants that a process takes
+AT_ONCE = 2  # variants that a process takes
 # Of several warps and programs that share channels: with every barrier that there is.
 MUTATED = [
     Variant(ALIGNED, splits=3, warps=4),
@@ -65,6 +65,12 @@ def report(outcomes: list[Outcome], seconds: float) -> int:
             f"sm{capability}: {len({o.variant for o in those})} variants, {len(kernels)} different "
             f"kernels, {len(those)} runs"
         )
+    launches = sum(outcome.launches for outcome in outcomes)
+    repeated = sum(outcome.repeated for outcome in outcomes)
+    print(
+        f"{launches} launches; {repeated} of them were not executed again: their PTX, but for the "
+        "architecture's name, and all that it reads were those of another"
+    )
     print(f"{len(wrong)} mismatches, {seconds:.0f} s")
     return len(wrong)
 
@@ -134,8 +140,7 @@ def main() -> int:
             return 0
         variants = few_variants() if options.few else all_variants()
         tasks = [
-            executor.submit(execute, variants[first : first + AT_ONCE], capability)
-            for capability in options.architecture
+            executor.submit(execute, variants[first : first + AT_ONCE], options.architecture)
             for first in range(0, len(variants), AT_ONCE)
         ]
         done = tqdm(concurrent.futures.as_completed(tasks), total=len(tasks), disable=None)

@@ -23,7 +23,7 @@ from triton_syncbn.kernels.launch_config import (
     fit_splits,
 )
 
-from tests.support.ptx.launch import Launch, executed_instead_of_launched
+from tests.support.ptx.launch import Launch, Results, executed_instead_of_launched
 from tests.support.ptx.parsing import Kernel
 from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
@@ -280,10 +280,11 @@ def run(
     seed: int | None = None,
     kernel: str | None = None,
     change: Callable[[Kernel], Kernel] | None = None,
+    results: Results | None = None,
 ) -> tuple[list[Error], list[Launch]]:
     """Execute the four kernels of a layer, or one of them, and compare what they write.
 
-    change: what is done to a kernel before it is executed.
+    change, results: see `executed_instead_of_launched`.
     """
     combine._arrivals.clear()  # whatever a launch before this one left there
     drawn = draw(variant)
@@ -297,7 +298,7 @@ def run(
     wanted = (lambda name: True) if kernel is None else kernel.__eq__
     with (
         _offsets(variant.wide),
-        executed_instead_of_launched(capability, seed, change) as launches,
+        executed_instead_of_launched(capability, seed, change, results) as launches,
     ):
         # Each kernel gets what the reference made of the steps before.
         sums = reference.moments(drawn.input)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -12,12 +13,17 @@ from unittest import mock
 import torch
 
 if TYPE_CHECKING:  # what imports the kernels does so in the workers
+    from tests.support.ptx.launch import Results
+
     from .costs import Cost
     from .errors import Error
     from .mutations import Mutation
     from .variants import Variant
 
 SEEDS = (None, 1)  # in step, and in another order
+# Objects. Compiling and executing make millions that stay for a launch: by default, looking through
+# them takes half of the time.
+COLLECTED_EACH = 200_000
 KERNELS = ("moments", "normalize", "grad_moments", "grad_input")
 
 
@@ -29,7 +35,9 @@ class Outcome(NamedTuple):
     seed: int | None
     errors: list["Error"]
     fault: str
-    kernels: frozenset[str]  # of all that were executed, the PTX
+    kernels: frozenset[str] = frozenset()  # of all that were launched, the hashes
+    launches: int = 0
+    repeated: int = 0  # of them, those found among the results of another architecture
 
     def complaints(self) -> list[str]:
         """What is wrong."""
@@ -63,6 +71,8 @@ def workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
 
 
 def _prepare() -> None:
+    gc.freeze()
+    gc.set_threshold(COLLECTED_EACH)
     torch.set_num_threads(1)
     # torch.empty returns NaN, or the largest integer
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -70,34 +80,45 @@ def _prepare() -> None:
 
 
 def execute(
-    variants: Sequence["Variant"], capability: int, seeds: Sequence[int | None] = SEEDS
+    variants: Sequence["Variant"],
+    capabilities: Sequence[int],
+    seeds: Sequence[int | None] = SEEDS,
 ) -> list[Outcome]:
-    """Run variants, in each of the orders; sums of products are contracted in all but the first."""
+    """Run variants, in each of the orders, on each architecture; sums of products are contracted in
+    all orders but the first. What two architectures have in common runs once.
+    """
+    return [
+        outcome
+        for variant in variants
+        for seed in seeds
+        for results in [{}]
+        for capability in capabilities
+        for outcome in [_execute(variant, capability, seed, results)]
+    ]
+
+
+def _execute(variant: "Variant", capability: int, seed: int | None, results: "Results") -> Outcome:
     from tests.support.ptx.contraction import contract
     from tests.support.ptx.parsing import PtxError
 
     from .variants import run
 
-    outcomes = []
-    for variant in variants:
-        for seed in seeds:
-            label = str(variant), capability, seed
-            try:
-                change = None if seed is None else contract
-                errors, launches = run(variant, capability, seed, change=change)
-            except PtxError as error:
-                outcomes.append(Outcome(*label, [], str(error), frozenset()))
-            else:
-                texts = frozenset(launch.compiled for launch in launches)
-                outcomes.append(Outcome(*label, errors, "", texts))
-    return outcomes
+    label = str(variant), capability, seed
+    change = None if seed is None else contract
+    try:
+        errors, launches = run(variant, capability, seed, change=change, results=results)
+    except PtxError as error:
+        return Outcome(*label, [], str(error))
+    repeated = sum(launch.machine is None for launch in launches)
+    hashes = frozenset(launch.compiled for launch in launches)
+    return Outcome(*label, errors, "", hashes, len(launches), repeated)
 
 
 def execute_few(capability: int, chosen: slice) -> list[Outcome]:
     """Run some of the few variants."""
     from .variants import few_variants
 
-    return execute(few_variants()[chosen], capability)
+    return execute(few_variants()[chosen], [capability])
 
 
 def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
@@ -124,7 +145,7 @@ def race_of_counter() -> list[str]:
     from . import variants
 
     many_channels = variants.Variant((2, 300, 3), warps=4, momentum=None)
-    outcomes = execute([many_channels], 90)
+    outcomes = execute([many_channels], [90])
     return [text for outcome in outcomes for text in outcome.complaints()]
 
 

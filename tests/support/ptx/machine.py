@@ -121,9 +121,9 @@ class Machine:
     def _bind(self, instruction: Instruction) -> Callable[[Threads], None]:
         """The function that executes an instruction, for some threads."""
         try:
-            for pattern, bind in instructions.OTHER:
-                if form := pattern.fullmatch(instruction.opcode):
-                    return bind(self, instruction, form)
+            if found := instructions.find(instruction.opcode):
+                bind, form = found
+                return bind(self, instruction, form)
             return self._bind_arithmetic(instruction)
         except (KeyError, ValueError, PtxError) as error:
             where = f"line {instruction.line}: {instruction.text}"
