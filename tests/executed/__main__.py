@@ -10,33 +10,27 @@ import argparse
 import collections
 import concurrent.futures
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Iterable
 
 os.environ["TRITON_INTERPRET"] = "0"  # before anything imports triton
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "perf"))  # where the executor is
 
 from tqdm import tqdm
 
 from .costs import Cost, costs_of_layer, layers
 from .variants import (
-    ALIGNED,
     ARCHITECTURES,
     LAYOUTS,
-    MANY_PROGRAMS,
-    Variant,
+    MUTATED,
     all_variants,
     few_variants,
 )
 from .workers import Outcome, Trial, execute, mutate, workers
 
 AT_ONCE = 2  # variants that a process takes
-# Of several warps and programs that share channels: with every barrier that there is.
-MUTATED = [
-    Variant(ALIGNED, splits=3, warps=4),
-    Variant((5, 37, 3, 61), splits=2, warps=2, layout="channels_last", momentum=None),
-    *MANY_PROGRAMS,
-]
 
 
 def report(outcomes: list[Outcome], seconds: float) -> int:
@@ -103,7 +97,7 @@ def report_mutations(trials: list[Trial]) -> None:
         print(f"{name}: {sum(bool(trial.noticed) for trial in those)} of {len(those)} noticed")
     for trial in trials:
         if not trial.noticed:
-            print(f"  survived: {trial.kernel}, {trial.variant}: {trial.mutation}")
+            print(f"  {trial.kernel}, {trial.variant}: {trial.mutation}\n    {trial.explanation}")
 
 
 def main() -> int:
@@ -125,8 +119,8 @@ def main() -> int:
     with workers(options.jobs) as executor:
         if options.mutations is not None:
             tasks = [
-                executor.submit(mutate, [variant], options.architecture[-1], number)
-                for variant, number in zip(MUTATED, _shares(options.mutations), strict=True)
+                executor.submit(mutate, variants, options.architecture[-1], number)
+                for variants, number in zip(MUTATED, _shares(options.mutations), strict=True)
             ]
             report_mutations([trial for task in tasks for trial in task.result()])
             return 0

@@ -6,8 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 import torch
-
-from tests.support.ptx.trace import SECTOR, bank_conflicts, sectors
+from executor.trace import SECTOR, bank_conflicts, sectors
 
 from .variants import Variant, run
 

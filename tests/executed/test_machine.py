@@ -5,12 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-
-from tests.support.ptx.contraction import contract
-from tests.support.ptx.machine import Machine
-from tests.support.ptx.memory import GlobalMemory, Region
-from tests.support.ptx.parsing import Kernel, PtxError, parse
-from tests.support.ptx.races import check_races
+from executor.contraction import contract
+from executor.machine import Machine
+from executor.memory import GlobalMemory, Region
+from executor.parsing import Kernel, PtxError, parse
+from executor.races import check_races
 
 THREADS = 64  # of a program: two warps
 PTX = """

@@ -4,12 +4,11 @@ import math
 
 import numpy as np
 import pytest
-
-from tests.support.ptx.machine import Machine
-from tests.support.ptx.memory import GlobalMemory
-from tests.support.ptx.opcodes import OPCODES, TYPES
-from tests.support.ptx.parsing import PtxError, parse
-from tests.support.ptx.rounding import widen_bfloat16
+from executor.machine import Machine
+from executor.memory import GlobalMemory
+from executor.opcodes import OPCODES, TYPES
+from executor.parsing import PtxError, parse
+from executor.rounding import widen_bfloat16
 
 NAN, INF = math.nan, math.inf
 CLASSES = {"pred": "%p", "16": "%h", "32": "%r", "64": "%d"}
@@ -179,6 +178,15 @@ SAYINGS = [
     ("rsqrt.approx.ftz.f32", (2.0**-140,), INF),
     ("rsqrt.approx.ftz.f32", (-(2.0**-140),), -INF),
     ("rsqrt.approx.ftz.f32", (INF,), 0.0),
+    # .ftz: "subnormal inputs and results are flushed to sign-preserving zero".
+    ("abs.ftz.f32", (-1.5,), 1.5),
+    ("abs.ftz.f32", (-(2.0**-140),), 0.0),
+    ("abs.ftz.f32", (NAN,), NAN),
+    ("ex2.approx.ftz.f32", (3.0,), 8.0),
+    ("ex2.approx.ftz.f32", (-130.0,), 0.0),
+    ("fma.rn.ftz.f32", (1 + 2.0**-23, 1 - 2.0**-23, -1.0), -(2.0**-46)),
+    ("fma.rn.ftz.f32", (2.0**-140, 2.0**40, 1.0), 1.0),
+    ("fma.rn.ftz.f32", (2.0**-100, -(2.0**-40), 0.0), -0.0),
     # Comparisons: "if either operand is NaN, the result is False", unordered ones: True.
     ("setp.eq.s32", (-1, -1), True),
     ("setp.eq.b64", (2**40, 0), False),

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from executor.launch import Launch, Results, executed_instead_of_launched
+from executor.parsing import Kernel
 from triton_syncbn.kernels import (
     combine,
     grad_input,
@@ -23,8 +25,6 @@ from triton_syncbn.kernels.launch_config import (
     fit_splits,
 )
 
-from tests.support.ptx.launch import Launch, Results, executed_instead_of_launched
-from tests.support.ptx.parsing import Kernel
 from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
 
@@ -45,6 +45,7 @@ class Variant(NamedTuple):
     weight, bias, running: dtypes, or None where there is none. splits, warps: of each channel or
     block, and of a program; None: as by default. wide: 64-bit offsets. beside: tensors begin that
     many elements after an aligned address. activation, residual: of the block that the layer is in.
+    frozen: it normalizes with its running statistics.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +62,7 @@ class Variant(NamedTuple):
     beside: int = 0
     activation: str | None = None
     residual: bool = False
+    frozen: bool = False
 
     def __str__(self) -> str:
         default = Variant(self.shape)._asdict()
@@ -119,12 +121,45 @@ MANY_PROGRAMS = [
 ]
 
 
-# A gated activation and a smooth one; gates of a bit, and of a byte.
+# Of several warps and programs that share channels: with every barrier that there is. Each beside
+# others that run the same kernel on other sizes, so that what sizes decide is decided either way.
+MUTATED = [
+    [base, *(base._replace(shape=shape) for shape in others)]
+    for base, others in [
+        (
+            Variant(ALIGNED, splits=3, warps=4),
+            [(5, 8, 16, 16), (2, 9, 16, 16), (3, 12, 12, 16)],
+        ),
+        (
+            Variant(
+                (5, 37, 3, 61), torch.float32, "channels_last", momentum=None, splits=2, warps=2
+            ),
+            [(3, 35, 7, 9), (4, 69, 3, 61), (2, 101, 5, 5)],
+        ),
+        (MANY_PROGRAMS[0], [(3, 2, 64, 64), (2, 5, 32, 64), (1, 4, 64, 68)]),
+        (MANY_PROGRAMS[1], [(61, 60), (100, 68), (33, 132)]),
+    ]
+]
+
+
+# A gated activation and a smooth one, gates of a bit, and of a byte; then what else there is.
 BLOCKS = [
     Variant(shape, torch.bfloat16, layout, activation=activation, residual=residual)
     for shape, layout, activation, residual in itertools.product(
         (ALIGNED, ODD), LAYOUTS, ("relu", "silu"), (False, True)
     )
+] + [
+    *(Variant(ALIGNED, torch.bfloat16, activation=activation) for activation in ACTIVATIONS),
+    *(Variant(ODD, dtype, residual=True) for dtype in DTYPES[:2]),
+    *(Variant(shape, activation="relu", residual=True) for shape in (ALIGNED, ODD)),
+]
+FROZEN = [
+    *(
+        Variant(shape, dtype, layout, frozen=True)
+        for shape, dtype, layout in itertools.product((ALIGNED, ODD), DTYPES[:2], LAYOUTS)
+    ),
+    Variant(ALIGNED, torch.bfloat16, activation="relu", residual=True, frozen=True),
+    Variant(ODD, torch.bfloat16, "channels_last", weight=None, bias=None, frozen=True),
 ]
 
 
@@ -137,7 +172,7 @@ def all_variants() -> list[Variant]:
             (ALIGNED, ODD), (torch.float32, torch.bfloat16), LAYOUTS, FLAGS + LAUNCHES
         )
     ]
-    return maps + others + MANY_PROGRAMS + BLOCKS
+    return list(dict.fromkeys(maps + others + MANY_PROGRAMS + BLOCKS + FROZEN))
 
 
 def few_variants() -> list[Variant]:
@@ -173,6 +208,11 @@ class Inputs(NamedTuple):
             name: None if (tensor := getattr(self, name)) is None else tensor.clone()
             for name in names
         }
+
+    def moments_of_buffers(self) -> torch.Tensor:
+        """Sums whose mean and variance are the running statistics, of a batch of one value."""
+        mean, variance = self.running_mean.double(), self.running_var.double()
+        return torch.cat([mean, variance + mean**2, torch.ones(1).double()])
 
 
 def draw(variant: Variant) -> Inputs:
@@ -221,9 +261,13 @@ class Block:
             self.settings = {"activation": variant.activation}
             if variant.residual and ACTIVATIONS[variant.activation].gated:
                 self.gates = ops.new_gates(drawn.input, True)
+                moments = None if variant.frozen else reference.moments(drawn.input)
+                buffers = drawn.buffers()
+                if not variant.frozen:
+                    buffers = {}
                 reference.normalize(
-                    *(drawn.input, reference.moments(drawn.input), drawn.weight, drawn.bias),
-                    **{"eps": EPS, **self.in_forward(self.gates)},
+                    *(drawn.input, moments, drawn.weight, drawn.bias),
+                    **{"eps": EPS, **buffers, **self.in_forward(self.gates)},
                 )
 
     def in_forward(self, gates: torch.Tensor | None) -> dict[str, Any]:
@@ -242,9 +286,23 @@ class Block:
         return {**self.settings, "bias": self.drawn.bias, **kept}
 
 
-def config_of(kernel: str, variant: Variant, input: torch.Tensor, capability: int) -> LaunchConfig:
+def geometry_of(variant: Variant) -> Geometry:
+    """A variant's input as the kernels see it."""
+    samples, channels, *spatial = variant.shape
+    sizes = variant.shape
+    if variant.layout == "channels_last":
+        sizes = (samples, *spatial, channels)
+    input = torch.empty(sizes, dtype=variant.dtype, device="meta")
+    return geometry(input if sizes == variant.shape else input.movedim(-1, 1))
+
+
+def config_of(
+    kernel: str, variant: Variant, capability: int, like: Variant | None = None
+) -> LaunchConfig:
     """The default for a GPU of the architecture, but for what the variant says."""
-    shape = geometry(input)
+    shape = geometry_of(variant)
+    if like is not None:
+        return fit_splits(kernel, shape, config_of(kernel, like, capability))
     config = default_config(kernel, shape, ARCHITECTURES[capability])
     if variant.warps:
         config = config._replace(num_warps=variant.warps)
@@ -281,16 +339,18 @@ def run(
     kernel: str | None = None,
     change: Callable[[Kernel], Kernel] | None = None,
     results: Results | None = None,
+    like: Variant | None = None,
 ) -> tuple[list[Error], list[Launch]]:
     """Execute the four kernels of a layer, or one of them, and compare what they write.
 
-    change, results: see `executed_instead_of_launched`.
+    change, results: see `executed_instead_of_launched`. like: a variant whose tiles and warps are
+    taken, so that the kernel is the same if it knows no more of the sizes.
     """
     combine._arrivals.clear()  # whatever a launch before this one left there
     drawn = draw(variant)
     exact = errors.Exact(drawn.input, drawn.grad_output, drawn.weight, drawn.bias, EPS)
     config = {
-        name: config_of(name, variant, drawn.input, capability)
+        name: config_of(name, variant, capability, like)
         for name in ("moments", "normalize", "grad_moments", "grad_input")
     }
     block = Block(variant, drawn)
@@ -305,10 +365,15 @@ def run(
         products = reference.grad_moments(
             drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS
         )[0]
+        given, buffers = (sums, products), {}
+        if variant.frozen:
+            sums, products = drawn.moments_of_buffers(), torch.zeros_like(products)
+            given = None, None
+            buffers = {"running_mean": drawn.running_mean, "running_var": drawn.running_var}
         if wanted("moments"):
             found += exact.of_moments(moments.moments(drawn.input, config["moments"]))
         if wanted("normalize"):
-            arguments = (drawn.input, sums, drawn.weight, drawn.bias)
+            arguments = (drawn.input, given[0], drawn.weight, drawn.bias)
             options = {"momentum": variant.momentum, "eps": EPS}
             if variant.momentum is None and not variant.counter:
                 options["momentum"] = 0.1
@@ -327,26 +392,39 @@ def run(
             found += exact.of_normalize(sums, actual, expected)
             if block.gates is not None:
                 found.append(errors.of_equal("normalize", "gates", gates[1], gates[0]))
-            found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
+            if variant.frozen:
+                found += [
+                    errors.of_equal("normalize", name, of_kernel[name], tensor)
+                    for name, tensor in drawn.buffers().items()
+                    if tensor is not None
+                ]
+            else:
+                found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
         of_block = block.in_backward()
         if wanted("grad_moments"):
-            arguments = (drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS)
-            weights = {"weight": drawn.weight} if of_block else {}
-            actual = grad_moments.grad_moments(
-                *arguments, **weights, **of_block, config=config["grad_moments"]
+            arguments = (
+                drawn.grad_output,
+                drawn.input,
+                given[0],
+                variant.weight,
+                variant.bias,
+                EPS,
             )
+            options = {**({"weight": drawn.weight} if of_block else {}), **of_block, **buffers}
+            actual = grad_moments.grad_moments(*arguments, **options, config=config["grad_moments"])
             if of_block:
-                plain = reference.grad_moments(*arguments, **weights, **of_block)
+                plain = reference.grad_moments(*arguments, **options)
                 found.append(errors.of_block_sums(actual[0], plain[0], drawn.grad_output))
             else:
                 found += exact.of_grad_moments(sums, *actual)
         if wanted("grad_input"):
-            arguments = (drawn.grad_output, drawn.input, sums, products, drawn.weight, EPS)
+            arguments = (drawn.grad_output, drawn.input, *given, drawn.weight, EPS)
             others = [torch.empty_like(drawn.input) for _ in range(2)] if variant.residual else []
             expected, actual = (
                 step(
                     *arguments,
                     **of_block,
+                    **buffers,
                     **({"grad_residual": others[n]} if of_block and others else {}),
                     **how,
                 )

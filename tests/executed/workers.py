@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 if TYPE_CHECKING:  # what imports the kernels does so in the workers
-    from tests.support.ptx.launch import Results
+    from executor.launch import Results
 
     from .costs import Cost
     from .errors import Error
@@ -57,6 +57,7 @@ class Trial(NamedTuple):
     barrier: bool
     warps: int
     noticed: str
+    explanation: str  # of what was not noticed
 
 
 @contextlib.contextmanager
@@ -98,8 +99,8 @@ def execute(
 
 
 def _execute(variant: "Variant", capability: int, seed: int | None, results: "Results") -> Outcome:
-    from tests.support.ptx.contraction import contract
-    from tests.support.ptx.parsing import PtxError
+    from executor.contraction import contract
+    from executor.parsing import PtxError
 
     from .variants import run
 
@@ -137,7 +138,7 @@ def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
         place = max(n for n in places if n < end)
     else:
         place = places[which]
-    return _noticed(variant, 90, name, Mutation("", place, None))
+    return _noticed([variant], 90, name, Mutation("", place, None))
 
 
 def race_of_counter() -> list[str]:
@@ -157,48 +158,44 @@ def costs(layer: str, layout: str, capability: int) -> list["Cost"]:
 
 
 def mutate(variants: Sequence["Variant"], capability: int, changes: int) -> list[Trial]:
-    """Leave out each barrier in turn, and make so many other changes to the kernels."""
+    """Leave out each barrier in turn, and make so many other changes to the kernels, which all the
+    variants have in common.
+    """
     from .mutations import draw, without_barriers
+    from .survivors import explain
     from .variants import run
 
     kernels = {}
-    for variant in variants:
-        for name in KERNELS:
-            _, (launch,) = run(variant, capability, None, name)
-            kernels[variant, name] = launch.kernel
+    for name in KERNELS:
+        launches = [run(v, capability, None, name, like=variants[0])[1] for v in variants]
+        assert len({launch.compiled for (launch,) in launches}) == 1, f"{name}: {variants}"
+        kernels[name] = launches[0][0].kernel
     work = [
-        (variant, name, mutation, True)
-        for (variant, name), kernel in kernels.items()
+        (name, mutation, True)
+        for name, kernel in kernels.items()
         for mutation in without_barriers(kernel)
     ]
     dice = random.Random(0)
     for _ in range(changes):
-        (variant, name), kernel = dice.choice(list(kernels.items()))
-        work.append((variant, name, draw(kernel, dice), False))
-    return [
-        Trial(
-            str(variant),
-            name,
-            mutation.words,
-            barrier,
-            kernels[variant, name].threads // 32,
-            _noticed(variant, capability, name, mutation),
-        )
-        for variant, name, mutation, barrier in work
-    ]
+        name = dice.choice(KERNELS)
+        work.append((name, draw(kernels[name], dice), False))
+    trials = []
+    for name, mutation, barrier in work:
+        noticed = _noticed(variants, capability, name, mutation)
+        why = "" if noticed else explain(variants, capability, name, kernels[name], mutation)
+        label = str(variants[0]), name, mutation.words, barrier, kernels[name].threads // 32
+        trials.append(Trial(*label, noticed, why))
+    return trials
 
 
-def _noticed(variant: "Variant", capability: int, name: str, mutation: "Mutation") -> str:
-    from tests.support.ptx.parsing import PtxError
+def _noticed(
+    variants: Sequence["Variant"], capability: int, name: str, mutation: "Mutation"
+) -> str:
+    from .survivors import execute
 
-    from .variants import run
-
-    for seed in SEEDS:
-        try:
-            errors, _ = run(variant, capability, seed, name, mutation)
-        except PtxError as error:
-            return str(error)
-        wrong = [f"{e.what}: {e.error:.3g}" for e in errors if not e.error <= 1]
-        if wrong:
-            return ", ".join(wrong)
+    for variant in variants:
+        for seed in SEEDS:
+            found = execute(variant, variants[0], capability, seed, name, mutation)
+            if found.noticed:
+                return found.noticed
     return ""

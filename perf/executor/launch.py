@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+from compiler.compiling import NoGPU
 from numpy.typing import NDArray
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -35,22 +36,6 @@ class Launch(NamedTuple):
     compiled: str  # its hash
     kernel: Kernel
     machine: Machine | None
-
-
-class _Target:
-    """A driver for Triton that names the target; the compiler asks for nothing else."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
 
 
 @contextlib.contextmanager
@@ -98,7 +83,7 @@ def executed_instead_of_launched(
         if results is not None:
             results[key] = [region.content.copy() for region in memory.regions]
 
-    driver.set_active(_Target(GPUTarget("cuda", capability, 32)))
+    driver.set_active(NoGPU(GPUTarget("cuda", capability, 32)))
     with (
         mock.patch.object(JITFunction, "run", execute),
         mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _without_assembler),
