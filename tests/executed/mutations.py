@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from executor.parsing import Address, Instruction, Kernel, Literal, Operand, Register
+from executor.parsing import Address, Instruction, Kernel, Literal, Operand, Register, Vector
 
 BARRIERS = ("bar.sync", "bar.warp.sync")
 # Parts of opcodes that are taken for each other.
@@ -122,4 +122,6 @@ def _of_operand(operand: Operand) -> str:
     if isinstance(operand, Address):
         base = operand.base if isinstance(operand.base, str) else operand.base.name
         return f"[{base}+{operand.offset}]"
+    if isinstance(operand, Vector):
+        return f"{{ {', '.join(map(_of_operand, operand.parts))} }}"
     return str(operand)

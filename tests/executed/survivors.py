@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from executor import instructions
 from executor.machine import Machine, Threads
-from executor.opcodes import OPCODES, TYPES
+from executor.opcodes import FLOATS, OPCODES, TYPES
 from executor.parsing import Instruction, Kernel, PtxError, Register, Vector
 from numpy.typing import NDArray
 
@@ -104,16 +104,16 @@ def explain(
     sources = [part.name for part in old.operands[1:] if isinstance(part, Register)]
     seen = ran = different = more = 0
     errors, identical = [], True
-    not_read = True
+    largest, not_read = 0.0, True
     ranges = dict[str, list[int | float]]()
     for variant in variants:
         before, first, second = Watch(sources), Watch(registers), Watch(registers)
         at = mutation.index
         watched = (before.instruction, old, first.instruction)
-        changed = [instruction for instruction in [mutation.instruction] if instruction]
+        changed = (*watched[:1], *filter(None, [mutation.instruction]), second.instruction)
         execution = functools.partial(execute, variant, variants[0], capability, None, name)
         plain = execution(lambda k, w=watched, at=at: spliced(k, at, *w))
-        other = execution(lambda k, c=changed, at=at, w=second: spliced(k, at, *c, w.instruction))
+        other = execution(lambda k, at=at, c=changed: spliced(k, at, *c))
         assert not plain.noticed
         errors.append(other.error)
         identical &= plain.outputs == other.outputs
@@ -133,6 +133,7 @@ def explain(
         seen += sum(map(len, masks))
         ran += sum(len(threads) for threads in first.threads)
         different += sum(int(mask.sum()) for mask in masks)
+        largest = max(largest, _apart(old.opcode, first.values, second.values))
         if any(mask.any() for mask in masks) and not_read:
             garbage = Watch(registers, masks)
             spoilt = (old, garbage.instruction)
@@ -150,7 +151,22 @@ def explain(
         if _is_policy(kernel, registers):
             return f"a hint: {where} differ, and only policies of caches are made of them"
         return f"not read: {where} differ, and garbage in their place is not noticed either"
-    return _of_outputs(f"small: {different} of {seen} results differ", identical, errors, more)
+    by = f" by {largest:.2g} at most" if largest else ""
+    what = f"small: {different} of {seen} results differ{by}"
+    return _of_outputs(what, identical, errors, more)
+
+
+def _apart(opcode: str, first: list[list[NDArray]], second: list[list[NDArray]]) -> float:
+    """How far numbers that an opcode computes are apart, at most; 0 where they are not floats."""
+    if opcode not in OPCODES or OPCODES[opcode].result not in FLOATS:
+        return 0.0
+    kind = TYPES[OPCODES[opcode].result]
+    return max(
+        float(np.abs(a.view(kind) - b.view(kind)).max(initial=0))
+        for values in zip(first, second, strict=True)
+        for a, b in zip(*values, strict=True)
+        if a.itemsize == np.dtype(kind).itemsize
+    )
 
 
 def _of_outputs(what: str, identical: bool, errors: list[float], more: int) -> str:

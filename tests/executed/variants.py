@@ -124,20 +124,40 @@ MANY_PROGRAMS = [
 # Of several warps and programs that share channels: with every barrier that there is. Each beside
 # others that run the same kernel on other sizes, so that what sizes decide is decided either way.
 MUTATED = [
-    [base, *(base._replace(shape=shape) for shape in others)]
+    [base, *(base._replace(**other) for other in others)]
     for base, others in [
         (
             Variant(ALIGNED, splits=3, warps=4),
-            [(5, 8, 16, 16), (2, 9, 16, 16), (3, 12, 12, 16)],
+            [{"shape": (5, 8, 16, 16)}, {"shape": (2, 9, 16, 16)}, {"shape": (3, 12, 12, 16)}],
+        ),
+        (
+            Variant((5, 37, 3, 61), layout="channels_last", momentum=None, splits=2, warps=2),
+            [
+                {"shape": (3, 35, 7, 9)},
+                {"shape": (4, 69, 3, 61)},
+                {"shape": (9, 101, 9, 17), "splits": 40},
+            ],
+        ),
+        (
+            MANY_PROGRAMS[0],
+            [{"shape": (3, 2, 36, 36), "splits": 60}, {"shape": (2, 5, 32, 64)}],
+        ),
+        (MANY_PROGRAMS[1], [{"shape": (61, 60)}, {"shape": (200, 132), "splits": 40}]),
+        (
+            Variant((8, 16, 9, 11), torch.bfloat16, splits=2, warps=2),
+            [{"shape": (7, 16, 9, 9)}, {"shape": (16, 8, 5, 19), "splits": 4}],
+        ),
+        (
+            Variant(ALIGNED, torch.bfloat16, splits=3, warps=2, activation="relu", residual=True),
+            [{"shape": (5, 8, 16, 16)}, {"shape": (3, 12, 12, 16)}],
         ),
         (
             Variant(
-                (5, 37, 3, 61), torch.float32, "channels_last", momentum=None, splits=2, warps=2
+                *((5, 37, 3, 61), torch.bfloat16, "channels_last"),
+                **{"splits": 2, "warps": 2, "activation": "silu", "residual": True},
             ),
-            [(3, 35, 7, 9), (4, 69, 3, 61), (2, 101, 5, 5)],
+            [{"shape": (3, 35, 7, 9)}, {"shape": (9, 69, 9, 17), "splits": 20}],
         ),
-        (MANY_PROGRAMS[0], [(3, 2, 64, 64), (2, 5, 32, 64), (1, 4, 64, 68)]),
-        (MANY_PROGRAMS[1], [(61, 60), (100, 68), (33, 132)]),
     ]
 ]
 
@@ -216,7 +236,7 @@ class Inputs(NamedTuple):
 
 
 def draw(variant: Variant) -> Inputs:
-    """The same for the same variant."""
+    """The same for the same variant; all values of one channel are equal."""
     generator = torch.Generator().manual_seed(0)
     channels = variant.shape[1]
 
@@ -237,6 +257,8 @@ def draw(variant: Variant) -> Inputs:
 
     per_channel = (-1, *[1] * (len(variant.shape) - 2))
     deviation = normal(channels).exp().view(per_channel)
+    if channels > 1:
+        deviation[channels // 2] = 0  # equal values, whose variance is what rounding leaves
     mean = (3 * normal(channels)).view(per_channel)
     return Inputs(
         map_of(normal(*variant.shape) * deviation + mean),
@@ -302,7 +324,8 @@ def config_of(
     """The default for a GPU of the architecture, but for what the variant says."""
     shape = geometry_of(variant)
     if like is not None:
-        return fit_splits(kernel, shape, config_of(kernel, like, capability))
+        config = config_of(kernel, like, capability)
+        return fit_splits(kernel, shape, config._replace(splits=variant.splits or config.splits))
     config = default_config(kernel, shape, ARCHITECTURES[capability])
     if variant.warps:
         config = config._replace(num_warps=variant.warps)
