@@ -412,7 +412,7 @@ def run(
                 **block.in_forward(gates[1]),
                 config=config["normalize"],
             )
-            found += exact.of_normalize(sums, actual, expected)
+            found += exact.of_normalize(sums, actual, expected, drawn.residual)
             if block.gates is not None:
                 found.append(errors.of_equal("normalize", "gates", gates[1], gates[0]))
             if variant.frozen:
