@@ -294,6 +294,25 @@ def test_sums_of_products_are_contracted():
     assert results(True) == [2.0**-104, -(2.0**-104), 2 + 2.0**-50, 0]
 
 
+def test_sums_of_pairs_of_products_are_contracted():
+    text = """
+    mov.b64 %d2, 0x3F8000013F800001;
+    mul.f32x2 %d3, %d2, %d2;
+    mov.b64 %d4, %d3;
+    sub.f32x2 %d5, %d3, %d4;
+    sub.f32x2 %d6, %d4, %d3;
+    xor.b64 %d7, %d4, 0x8000000080000000;
+    add.f32x2 %d7, %d7, %d3;
+    """
+
+    def results(contracted: bool) -> list[float]:
+        run = Run(text, change=contract if contracted else None)
+        return [run.machine.registers[f"%d{n}"][:1].view(np.float32).tolist() for n in (5, 6, 7)]
+
+    assert results(False) == [[0, 0]] * 3
+    assert results(True) == [[2.0**-46] * 2, [-(2.0**-46)] * 2, [2.0**-46] * 2]
+
+
 def test_tensors_lie_far_apart_and_are_aligned_as_on_a_gpu():
     memory = GlobalMemory(0)
     buffer = torch.zeros(64)
