@@ -18,7 +18,7 @@ from triton_syncbn import reference
 
 MAPS = ("input", "output", "grad_output", "grad_input")  # parameters of the kernels
 MOST_ELEMENTS = 1 << 17  # of a layer as scaled down
-FEWEST_ROWS = 8  # N * C keeps this factor, so that rows are read as vectors of 8 elements
+FEWEST_ROWS = 8  # N * C stays a multiple, so that rows are read as vectors of 8 elements
 CHANNELS_OF_BLOCK = 64  # channels last, at most: as many are left beside whole blocks as there were
 FEWEST_CHANNELS = 256  # channels last
 
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
     passes_of_banks: float  # over the least
 
 
-def scaled_down(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+def scaled_to_execute(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """A layer with fewer channels, samples and positions, whose rows in memory begin and end at the
     same places of a vector, or of a block of channels. Channels last, (N * S, C).
     """
@@ -45,9 +45,10 @@ def scaled_down(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
         return (max(1, min(samples * math.prod(sizes), MOST_ELEMENTS // channels)), channels)
     while samples * channels * math.prod(sizes) > MOST_ELEMENTS:
         longest = sizes.index(max(sizes))
-        if channels % 2 == 0 and samples * channels > FEWEST_ROWS:
+        halves = samples * channels % (2 * FEWEST_ROWS) == 0
+        if halves and channels % 2 == 0:
             channels //= 2
-        elif samples % 2 == 0 and samples * channels > FEWEST_ROWS:
+        elif halves:
             samples //= 2
         elif sizes[longest] >= 2 * FEWEST_ROWS:
             sizes[longest] = FEWEST_ROWS + sizes[longest] % FEWEST_ROWS
@@ -70,7 +71,7 @@ def _fitting(name: str, case: Case, config: LaunchConfig, small: Geometry) -> La
 
 def cost_of(name: str, case: Case, config: LaunchConfig, capability: int) -> Cost:
     """Of a kernel launched on a case, scaled down, with the config of the case itself."""
-    shape = scaled_down(case.shape, case.layout)
+    shape = scaled_to_execute(case.shape, case.layout)
     generator = torch.Generator().manual_seed(0)
     input, grad = (
         laid_out(torch.randn(shape, generator=generator).to(DTYPES[case.dtype]), case.layout)

@@ -3,7 +3,6 @@
 python -m tests.executed                   all variants on all architectures: many minutes
 python -m tests.executed --architecture 90 --few
 python -m tests.executed --mutations 100   change compiled kernels: is it noticed?
-python -m tests.executed --costs           instructions, sectors and bank conflicts of layers
 """
 
 import argparse
@@ -13,17 +12,14 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable
 
 os.environ["TRITON_INTERPRET"] = "0"  # before anything imports triton
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "perf"))  # where the executor is
 
 from tqdm import tqdm
 
-from .costs import Cost, costs_of_layer, layers
 from .variants import (
     ARCHITECTURES,
-    LAYOUTS,
     MUTATED,
     all_variants,
     few_variants,
@@ -69,24 +65,6 @@ def report(outcomes: list[Outcome], seconds: float) -> int:
     return len(wrong)
 
 
-def report_costs(costs: Iterable[Cost]) -> None:
-    """Print a line for each kernel of each layer, as they come."""
-    print(
-        f"{'kernel':13}{'layer':28}{'layout':15}{'instructions':>13}{'sectors':>9}{'of bytes':>9}"
-        f"{'banks':>7}"
-    )
-    for cost in costs:
-        print(
-            f"{cost.kernel:13}{cost.layer:28}{cost.layout:15}{cost.instructions:13.1f}"
-            f"{cost.of_requests:9.3f}{cost.of_bytes:9.3f}{cost.conflicts:7.2f}",
-            flush=True,
-        )
-    print(
-        "instructions: for each element. sectors: over the least for each request, and over those"
-    )
-    print("of the tensors. banks: passes over shared memory's, over the least")
-
-
 def report_mutations(trials: list[Trial]) -> None:
     """Print how many changes were noticed, and those that were not."""
     for name, those in (
@@ -110,9 +88,6 @@ def main() -> int:
     )
     parser.add_argument("--few", action="store_true", help="the variants of the tests")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument(
-        "--costs", action="store_true", help="what layers cost instead, in bfloat16"
-    )
     parser.add_argument("--mutations", type=int, metavar="NUMBER", help="so many changes instead")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -123,14 +98,6 @@ def main() -> int:
                 for variants, number in zip(MUTATED, _shares(options.mutations), strict=True)
             ]
             report_mutations([trial for task in tasks for trial in task.result()])
-            return 0
-        if options.costs:
-            tasks = [
-                executor.submit(costs_of_layer, layer, layout, options.architecture[-1])
-                for layer in layers()
-                for layout in LAYOUTS
-            ]
-            report_costs(cost for task in tasks for cost in task.result())
             return 0
         variants = few_variants() if options.few else all_variants()
         tasks = [

@@ -13,9 +13,9 @@ from unittest import mock
 import torch
 
 if TYPE_CHECKING:  # what imports the kernels does so in the workers
+    from compiler.costs import Cost
     from executor.launch import Results
 
-    from .costs import Cost
     from .errors import Error
     from .mutations import Mutation
     from .variants import Variant
@@ -150,11 +150,19 @@ def race_of_counter() -> list[str]:
     return [text for outcome in outcomes for text in outcome.complaints()]
 
 
-def costs(layer: str, layout: str, capability: int) -> list["Cost"]:
-    """See `costs_of_layer`."""
-    from .costs import costs_of_layer
+def costs(layer: str, layout: str, capability: int) -> dict[str, "Cost"]:
+    """Of the kernels of a layer in bfloat16."""
+    from compiler.costs import cost_of
+    from layers.cases import read_cases, suites
+    from triton_syncbn.kernels.indexing import geometry
+    from triton_syncbn.kernels.launch_config import default_config
 
-    return costs_of_layer(layer, layout, capability)
+    from .variants import ARCHITECTURES
+
+    (case,) = (c for c in read_cases(suites(), ["bf16"], [layout]) if c.layer == layer)
+    shape = geometry(case.without_memory())
+    configs = {name: default_config(name, shape, ARCHITECTURES[capability]) for name in KERNELS}
+    return {name: cost_of(name, case, configs[name], capability) for name in KERNELS}
 
 
 def mutate(variants: Sequence["Variant"], capability: int, changes: int) -> list[Trial]:
