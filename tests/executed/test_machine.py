@@ -192,6 +192,18 @@ def test_an_access_that_is_outside_or_unaligned_stops_with_its_line(text, messag
         Run(text)
 
 
+def test_hints_for_caches_change_nothing_that_is_loaded_or_stored():
+    text = """
+    createpolicy.fractional.L2::evict_first.b64 %d2, 1.0;
+    st.global.L1::evict_first.L2::cache_hint.b32 [%d0+4], 7, %d2;
+    ld.global.L1::evict_first.L2::cache_hint.b32 %r2, [%d0+4], %d2;
+    ld.global.cg.b32 %r3, [%d0+4];
+    ld.global.L1::evict_last.b32 %r4, [%d0+4];
+    """
+    run = Run(text)
+    assert all(run.register(name) == THREADS * [7] for name in ("%r2", "%r3", "%r4"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,9 +1,12 @@
 """Each opcode does what "Parallel Thread Execution ISA" says of it; one that is not known stops."""
 
 import math
+import pathlib
+import re
 
 import numpy as np
 import pytest
+from executor.instructions import OTHER
 from executor.machine import Machine
 from executor.memory import GlobalMemory
 from executor.opcodes import OPCODES, TYPES
@@ -288,6 +291,14 @@ def test_every_operation_has_a_saying():
 
     here = {form for form, *_ in SAYINGS} | {form for form in OPCODES if "x2" in form}
     assert {operation(form) for form in OPCODES} == {operation(form) for form in here}
+
+
+def test_every_other_instruction_is_in_a_test_of_its_own():
+    here = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    words = set(re.findall(r"[a-z][\w.:]*", here))
+    for pattern, binder in OTHER:
+        if binder.__module__ == "executor.instructions":
+            assert any(map(pattern.fullmatch, words)), binder.__name__
 
 
 def test_approximate_results_are_put_off_by_two_units_at_most_and_alike_in_all_threads():
