@@ -255,7 +255,7 @@ class Exact:
         if not self.is_double:
             difference = np.abs(self._rows(actual) - self._rows(of_reference))
             maps = (t.movedim(1, 0).reshape(self.channels, -1) for t in (actual, of_reference))
-            apart = np.minimum(_apart(*maps), difference / np.maximum(OF_TERMS * magnitude, 1e-300))
+            apart = np.fmin(_apart(*maps), difference / np.maximum(OF_TERMS * magnitude, 1e-300))
             apart = np.where(difference <= allowed, 0, apart)
             largest = float(apart.max(initial=0))
             return Error(kernel, what, self.dtype, largest, largest == 0)

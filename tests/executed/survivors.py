@@ -143,7 +143,7 @@ def explain(
     if not registers:
         return _of_outputs("no result in a register", identical, errors, more)
     if not different:
-        if mutation.instruction and _same_function(old, mutation.instruction):
+        if mutation.instruction and same_function(old, mutation.instruction):
             return "equivalent: the two opcodes give the same of any operands"
         return f"equal here: the same in all {seen} results" + _of_ranges(ranges)
     if not_read:
@@ -201,7 +201,7 @@ def _is_policy(kernel: Kernel, registers: Sequence[str]) -> bool:
     return all("cache_hint" in i.opcode and place == 2 for i, place in readers)
 
 
-def _same_function(old: Instruction, new: Instruction) -> bool:
+def same_function(old: Instruction, new: Instruction) -> bool:
     """Whether two opcodes, on the same operands, give the same bits of whatever they may be."""
     if old.opcode not in OPCODES or new.opcode not in OPCODES:
         return False

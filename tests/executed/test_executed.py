@@ -101,8 +101,9 @@ def test_a_layer_scaled_down_has_rows_of_the_same_kind():
         ("moments", ("st.global.b32", -1), "arrivals: a counter is not left at 0"),
         ("grad_input", ("st.global", -1), "dx: inf"),
         ("normalize", ("ld.global.L1", -1), "y: "),
+        ("normalize", ("createpolicy", 0), "a hint: "),
     ],
 )
-def test_an_instruction_that_is_left_out_is_noticed(kernel, left_out, message, worker):
+def test_an_instruction_that_is_left_out_is_noticed_or_explained(kernel, left_out, message, worker):
     noticed = worker.submit(workers.notice_what_is_left_out, kernel, *left_out).result()
     assert message in noticed

@@ -123,10 +123,12 @@ def execute_few(capability: int, chosen: slice) -> list[Outcome]:
 
 
 def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
-    """What notices that an instruction is left out, of a kernel of several warps and programs: of
-    those whose opcode begins so, the one of that number, or the last before another opcode.
+    """What notices that an instruction is left out, of a kernel of several warps and programs, or
+    why nothing does. Of those whose opcode begins so, the one of that number, or the last before
+    another opcode.
     """
     from .mutations import Mutation
+    from .survivors import explain
     from .variants import few_variants, run
 
     variant = few_variants()[0]
@@ -138,7 +140,9 @@ def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
         place = max(n for n in places if n < end)
     else:
         place = places[which]
-    return _noticed([variant], 90, name, Mutation("", place, None))
+    mutation = Mutation("", place, None)
+    noticed = _noticed([variant], 90, name, mutation)
+    return noticed or explain([variant], 90, name, launch.kernel, mutation)
 
 
 def race_of_counter() -> list[str]:
