@@ -10,8 +10,7 @@ import sys
 
 import pandas as pd
 from machine.environment import ROOT
-from report.markdown import short_summary
-from report.tables import ours_of, read_rows
+from report.tables import has_ours, headline, read_rows, where
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- compare -->\n).*?(\n<!-- /compare -->)", re.DOTALL)
@@ -27,12 +26,13 @@ def write_block(frame: pd.DataFrame, readme: pathlib.Path) -> None:
         raise ValueError(f"{readme.name} shows figures of a GPU: expected its rows, got a CPU's")
     if not (frame.error_over_tolerance <= 1.0).all():
         raise ValueError(f"{readme.name} shows what is right: expected no wrong row")
-    if not ours_of(frame):
+    if not has_ours(frame):
         raise ValueError("expected rows of ours, and of what it is held against")
     text = readme.read_text(encoding="utf-8")
     if len(BLOCK.findall(text)) != 1:
         raise ValueError(f"{readme}: expected <!-- compare --> and <!-- /compare --> once")
-    filled = BLOCK.sub(lambda match: match[1] + short_summary(frame) + match[2], text)
+    summary = f"{headline(frame)}\n\nThe layers are those of [perf/shapes.csv](perf/shapes.csv). "
+    filled = BLOCK.sub(lambda match: match[1] + summary + where(frame) + match[2], text)
     readme.write_text(filled, encoding="utf-8")
 
 

@@ -28,36 +28,19 @@ def merge(gathered: Tensor, eps: float) -> Tensor:
 
 class _GatherFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        num_batches_tracked: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, layer: Any) -> Tensor:
         total, squares, count = ops.moments(input).split((input.shape[1], input.shape[1], 1))
         mean = total / count
-        rstd = (squares / count - mean * mean + eps).rsqrt()
+        rstd = (squares / count - mean * mean + layer.eps).rsqrt()
         mine = torch.cat([mean, rstd, count]).float()
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, mine)
-        moments = merge(torch.stack(gathered), eps)
+        moments = merge(torch.stack(gathered), layer.eps)
         ctx.save_for_backward(input, weight, moments)
-        ctx.eps = eps
+        ctx.eps = layer.eps
+        buffers = dict(layer.named_buffers())
         return ops.normalize(
-            input,
-            moments,
-            weight,
-            bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            num_batches_tracked=num_batches_tracked,
-            momentum=momentum,
-            eps=eps,
+            input, moments, weight, bias, **buffers, momentum=layer.momentum, eps=layer.eps
         )
 
     @staticmethod
@@ -69,7 +52,7 @@ class _GatherFunction(torch.autograd.Function):
         sent = sums.float()
         dist.all_reduce(sent)
         grad_input = ops.grad_input(grad_output, input, moments, sent.double(), weight, ctx.eps)
-        return grad_input, grad_weight, grad_bias, *[None] * 5
+        return grad_input, grad_weight, grad_bias, None
 
 
 class GatherSyncBN(_BatchNorm):
@@ -77,13 +60,4 @@ class GatherSyncBN(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, *spatial) with the statistics of all ranks."""
-        return _GatherFunction.apply(
-            input,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.momentum,
-            self.eps,
-        )
+        return _GatherFunction.apply(input, self.weight, self.bias, self)

@@ -20,7 +20,6 @@ FLUSH_BYTES = 256 << 20  # larger than the cache of any GPU
 
 Name = TypeVar("Name", bound=Hashable)
 Clock = Callable[[], float]
-Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 def nothing() -> None:
@@ -37,9 +36,9 @@ class Call(NamedTuple):
     prepare: Callable[[], Any] = nothing
 
 
-def call_of(work: Callable[[], Any], prepare: Callable[[], Any] = nothing) -> Call:
-    """A call of a function that has no use for what is prepared."""
-    return Call(lambda prepared: work(), prepare)
+def call_of(work: Callable[[], Any]) -> Call:
+    """A call of a function for which nothing is prepared."""
+    return Call(lambda prepared: work())
 
 
 class Samples(NamedTuple):
@@ -57,22 +56,17 @@ def time_calls(
     samples: int,
     *,
     warmup: int = WARMUP,
-    warm_cache: bool = False,
     clock: Clock = time.perf_counter,
 ) -> dict[Name, Samples]:
-    """Seconds of `samples` runs of each call; all ranks must time the same calls.
-
-    With `warm_cache` the L2 cache of a GPU is left as the sample before left it.
-    """
+    """Seconds of `samples` runs of each call; all ranks must time the same calls."""
     for _ in range(warmup):
         for call in calls.values():
             call.work(call.prepare())
-    if device.type != "cuda":
-        host = _host_seconds(calls, device, samples, clock)
-        return _of_slowest_rank({name: Samples(host[name], host[name]) for name in calls})
-    on_device = _device_seconds(calls, device, samples, warm_cache)
+    on_device = _device_seconds(calls, device, samples) if device.type == "cuda" else {}
     host = _host_seconds(calls, device, samples, clock)
-    return _of_slowest_rank({name: Samples(on_device[name], host[name]) for name in calls})
+    return _of_slowest_rank(
+        {name: Samples(on_device.get(name, host[name]), host[name]) for name in calls}
+    )
 
 
 def in_cuda_graph(call: Call, device: torch.device) -> Call:
@@ -128,18 +122,17 @@ def _host_seconds(
 
 
 def _device_seconds(
-    calls: Mapping[Name, Call], device: torch.device, samples: int, warm_cache: bool
+    calls: Mapping[Name, Call], device: torch.device, samples: int
 ) -> dict[Name, list[float]]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     arrived = torch.zeros(1, device=device)
-    events: dict[Name, list[Events]] = {name: [] for name in calls}
+    events: dict[Name, list[tuple[Any, Any]]] = {name: [] for name in calls}
     several = _several_ranks()
     torch.cuda.synchronize(device)
     for name in turns(list(calls), samples):
         prepared = calls[name].prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if not warm_cache:
-            flush.zero_()
+        flush.zero_()
         if several:  # devices wait for each other, their hosts do not
             dist.all_reduce(arrived)
         start.record()
@@ -163,10 +156,5 @@ def _of_slowest_rank(mine: dict[Name, Samples]) -> dict[Name, Samples]:
         return mine
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
-    return {
-        name: Samples(
-            np.max([rank[name].device for rank in every], axis=0).tolist(),
-            np.max([rank[name].host for rank in every], axis=0).tolist(),
-        )
-        for name in mine
-    }
+    slowest = {name: np.max([rank[name] for rank in every], axis=0) for name in mine}
+    return {name: Samples(*seconds.tolist()) for name, seconds in slowest.items()}

@@ -9,16 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CLASSES = {"resnet50": 1000, "deeplab": 21, "unet3d": 3}
-
-
-def make_model(name: str) -> nn.Module:
-    """A model by its name in CLASSES, with fresh weights from torch's generator."""
-    if name not in CLASSES:
-        raise ValueError(f"name: expected one of {', '.join(CLASSES)}; got {name!r}")
-    networks = {"resnet50": ResNet50, "deeplab": DeepLab, "unet3d": UNet3d}
-    return networks[name](CLASSES[name])
-
 
 def _conv_norm(
     inputs: int,
@@ -174,3 +164,13 @@ class UNet3d(nn.Module):
         for widen, level in zip(self.widen, self.up, strict=True):
             hidden = level(torch.cat([widen(hidden), kept.pop()], dim=1))
         return self.classifier(hidden)
+
+
+# With the number of classes of the data set that each was published for.
+NETWORKS = {"resnet50": (ResNet50, 1000), "deeplab": (DeepLab, 21), "unet3d": (UNet3d, 3)}
+
+
+def make_model(name: str) -> nn.Module:
+    """A network with fresh weights from torch's generator."""
+    network, classes = NETWORKS[name]
+    return network(classes)

@@ -8,14 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MANTISSA_BITS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
-SMALLEST_EXPONENT = {
-    torch.float16: -14,
-    torch.bfloat16: -126,
-    torch.float32: -126,
-    torch.float64: -1022,
-}
-
 
 @dataclass
 class Result:
@@ -53,13 +45,15 @@ def batch_norm(
     return Result(output.detach(), grad_input, grad_weight, grad_bias, mean, variance)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; 0 for two empty tensors."""
+def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Norm of the difference over `scale`, by default the norm of what is expected; 0 for two empty
+    tensors.
+    """
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     difference = (actual.double() - expected.double()).norm().item()
     if difference == 0.0:
         return 0.0
-    return difference / max(expected.double().norm().item(), 1e-300)
+    return difference / max(expected.double().norm().item() if scale is None else scale, 1e-300)
 
 
 def error_in_ulp(actual: Tensor, expected: Tensor, negligible: Tensor | float = 0.0) -> float:
@@ -70,8 +64,8 @@ def error_in_ulp(actual: Tensor, expected: Tensor, negligible: Tensor | float = 
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     if actual.numel() == 0:
         return 0.0
-    exponent = expected.abs().log2().floor().clamp(min=SMALLEST_EXPONENT[actual.dtype])
-    unit = torch.exp2(exponent - MANTISSA_BITS[actual.dtype])
+    info = torch.finfo(actual.dtype)
+    unit = expected.abs().clamp(min=info.tiny).log2().floor().exp2() * info.eps
     difference = (actual.double() - expected).abs()
     difference = torch.where(difference <= negligible, 0.0, difference)
     largest = (difference / unit).max().item()

@@ -2,7 +2,7 @@
 
 import torch
 from layers.cases import DTYPES, Case, laid_out
-from layers.correctness import TOLERANCE
+from layers.exercise import TOLERANCE
 from layers.steps import Operands, run_step
 from torch import Tensor
 from triton_syncbn.kernels.launch_config import LaunchConfig

@@ -1,0 +1,146 @@
+"""An exercise for a layer: one training step, which is checked against float64 before its passes
+are timed.
+"""
+
+from typing import Any
+
+import torch
+from machine.ranks import Place
+from measuring.times import Call
+from numerics import oracle
+from numerics.oracle import relative_error
+from torch import Tensor
+
+from layers.cases import DTYPES, Case, laid_out
+from layers.implementations import Implementation
+from triton_syncbn import SyncBN
+
+# Of the norm. float32 sums of terms that cancel; half precision is rounded once, by half a unit in
+# the last place.
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 2.0**-8, "fp16": 2.0**-11}
+BUFFERS_TOLERANCE = 1e-5
+EPS = 1e-5  # of every layer that is compared
+KINK = 2.0**-4  # some units in the last place of a bfloat16 sum of a few deviations
+
+
+class Eager(torch.nn.Module):
+    """A layer, and after it the operations of a block as a network without fusion has them."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(layer(input) + residual), in place where torch allows it."""
+        output = self.layer(input)
+        if residual is not None:
+            output += residual
+        return torch.relu_(output)
+
+
+class Exercise:
+    """Data for a layer, and what it has to make of them.
+
+    `input` and `grad_output` are those of this rank; every rank draws the whole batch, from the
+    same seed.
+    """
+
+    def __init__(self, case: Case, place: Place) -> None:
+        self.case = case
+        self.place = place
+        samples, *rest = case.shape
+        self.mine = slice(place.rank * samples, (place.rank + 1) * samples)
+        generator = torch.Generator(place.device).manual_seed(0)
+        shape = (place.world_size * samples, *rest)
+        self.batch = [
+            (torch.randn(shape, generator=generator, device=place.device) + 0.5).to(
+                DTYPES[case.dtype]
+            )
+            for _ in range(3 if case.block == "add_relu" else 2)
+        ]
+        if case.block != "none":
+            self._take_gradients_off_the_kink(samples)
+        self.input, self.grad_output, *self.residual = (
+            laid_out(tensor[self.mine], case.layout).clone() for tensor in self.batch
+        )
+
+    def _take_gradients_off_the_kink(self, samples: int) -> None:
+        """Where the argument of ReLU is so near to 0 that a rounding decides its sign, nothing
+        comes back; whether the statistics are those of the batch or of a rank.
+        """
+        batch, grad, *residual = self.batch
+        for parts in ([batch], batch.split(samples)):
+            z = torch.cat([oracle.batch_norm(part, part, eps=EPS).output for part in parts])
+            grad[sum(residual, z).abs() < KINK] = 0.0
+
+    def enter(self, found: Implementation) -> tuple[float, dict[str, Call]]:
+        """The error of an implementation on this rank, and a call for each pass."""
+        layer = block = found.layer_class(self.case.shape[1]).to(self.place.device)
+        if self.case.block != "none":
+            if isinstance(layer, SyncBN):
+                layer.fused_activation = "relu"
+            else:
+                block = Eager(layer)
+        if found.compiled:
+            torch._dynamo.reset()  # torch makes only so many graphs of one function
+            # a backward that frees what forward saved cannot be run twice
+            torch._functorch.config.donated_buffer = False
+            block.compile(fullgraph=True)
+        error = self.error_of(block, layer, synchronized=found.synchronized)
+        return error, calls_of_passes(block, self.input, self.grad_output, *self.residual)
+
+    def error_of(self, block: Any, layer: Any, *, synchronized: bool = True) -> float:
+        """Largest error of one training step against float64, in units of what is tolerated; above
+        1 is wrong.
+
+        Compared are y and dx of this rank, and the running statistics of the layer in the block.
+        One that is not `synchronized` is held against the batch of this rank.
+        """
+        everything = slice(None)
+        normalized, part = (everything, self.mine) if synchronized else (self.mine, everything)
+        batch, grad, *residual = (tensor[normalized].double() for tensor in self.batch)
+        if self.case.block != "none":  # its gradient is 0 where the block is
+            normal = oracle.batch_norm(batch, grad, eps=EPS).output
+            grad = torch.where(sum(residual, normal) > 0.0, grad, 0.0)
+        exact = oracle.batch_norm(batch, grad, eps=EPS)
+        expected = exact.output
+        if self.case.block != "none":
+            expected = sum(residual, expected).relu()
+        input = self.input.clone().requires_grad_()
+        output = block(input, *self.residual)
+        output.backward(self.grad_output)
+        assert input.grad is not None
+        # Where few values are normalized, dx cancels to far below dy * rstd, the largest of its
+        # terms.
+        others = [0, *range(2, batch.dim())]
+        rstd = (batch.var(others, correction=0, keepdim=True) + EPS).rsqrt()
+        largest_term = (grad * rstd)[part].norm().item()
+        tolerance = TOLERANCE[self.case.dtype]
+        ratios = [
+            relative_error(output.detach(), expected[part]) / tolerance,
+            relative_error(input.grad, exact.grad_input[part], largest_term) / tolerance,
+            relative_error(layer.running_mean, exact.running_mean) / BUFFERS_TOLERANCE,
+            relative_error(layer.running_var, exact.running_var) / BUFFERS_TOLERANCE,
+        ]
+        return torch.tensor(ratios, dtype=torch.float64).nan_to_num(torch.inf).max().item()
+
+
+def calls_of_passes(
+    layer: torch.nn.Module, input: Tensor, grad_output: Tensor, *residual: Tensor
+) -> dict[str, Call]:
+    """A call for each of PASSES; the forward of a backward is prepared, and not timed."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (input, *residual)]
+    needed = [*leaves, *layer.parameters()]
+
+    def forward(prepared: None = None) -> Tensor:
+        return layer(*leaves)
+
+    def backward(output: Tensor) -> Any:
+        # what is retained is freed with the output; a CUDA graph replays a backward many times
+        return torch.autograd.grad(output, needed, grad_output, retain_graph=True)
+
+    return {
+        "forward": Call(forward),
+        "backward": Call(backward, forward),
+        "both": Call(lambda prepared: backward(forward())),
+    }
