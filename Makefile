@@ -14,12 +14,12 @@ help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
 	@echo "make gpu OUT=folder   on a machine with a GPU: its tests, the whole comparison and plots, into a folder"
 	@echo "make tune      find configs for the GPU of this machine; ARGS='--resume --budget 30' goes on for half an hour"
-	@echo "make test      run the tests that need no GPU"
+	@echo "make test      run the tests that need no GPU; ARGS='tests/layer/test_accuracy.py --drawn 1000' draws so many cases"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make soak      train many layers for many steps in four processes"
 	@echo "make architectures   compile every kernel for every architecture: registers, spills, widths"
 	@echo "make executed  execute what is compiled for each architecture; ARGS='--mutations 100' changes it: is it noticed?"
-	@echo "make accuracy  write tests/ACCURACY.md; ARGS='--examples 1000' to check so many drawn cases"
+	@echo "make accuracy  write tests/ACCURACY.md"
 	@echo "make sanitize  run the kernel tests on a GPU under compute-sanitizer"
 	@echo "make lint      check style and types; make format to mend style"
 	@echo "make clean     remove the virtual environment and build files"
@@ -45,15 +45,16 @@ gpu: $(ENVIRONMENT)
 	@status=0; \
 	$(RUN) -m pytest -m gpu > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
 	tail -n 20 "$(OUT)/tests.txt"; \
-	$(RUN) perf/compare.py --dtype bf16 fp32 --layout channels_first channels_last \
-		--csv "$(OUT)/rows.csv" --plots "$(OUT)" $(ARGS) > "$(OUT)/compare.txt" || status=$$?; \
+	$(RUN) perf/compare.py --csv "$(OUT)/rows.csv" --plots "$(OUT)" $(ARGS) \
+		> "$(OUT)/compare.txt" || status=$$?; \
 	cat "$(OUT)/compare.txt"; \
 	$(RUN) perf/compare.py --scale --csv "$(OUT)/scale.csv" --plots "$(OUT)" || status=$$?; \
-	$(RUN) perf/compare.py --model resnet50 deeplab unet3d --csv "$(OUT)/models.csv" || status=$$?; \
+	$(RUN) perf/compare.py --model resnet50 deeplab --dtype bf16 --layout channels_first \
+		--samples 30 --csv "$(OUT)/models.csv" || status=$$?; \
 	exit $$status
 
 tune: $(ENVIRONMENT)
-	$(RUN) perf/tune.py --write $(ARGS)
+	$(RUN) perf/tune.py $(ARGS)
 
 test: $(ENVIRONMENT)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)

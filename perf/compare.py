@@ -6,8 +6,8 @@ torch's batch norm, which does not synchronize. Without one: two processes on th
 gloo, smaller batches, against what is written by hand there, as torch.nn.SyncBatchNorm refuses CPU
 tensors, a layer that sends what it would send, and torch's batch norm.
 
-Instead of layers: with --scale, what a rank receives and computes in groups of 2 to 4096 ranks;
-with --model, a training step of whole networks.
+Instead of layers: with --model, a training step of whole networks; with --scale, what a rank
+receives in groups of 2 to 4096 ranks, by formula.
 
 Under torchrun every rank takes the GPU of its local rank, and a time is that of the slowest rank.
 The exit status is 1 if a row is wrong, or slower than --baseline allows.
@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from layers.cases import BLOCKS, DTYPES, LAYOUTS, read_cases, suites
 from layers.exercise import Exercise
-from layers.implementations import IMPLEMENTATIONS, implementations
+from layers.implementations import implementations
 from machine.environment import environment
 from machine.ranks import count_ranks, device_of_rank, is_first_rank, run_on_ranks
 from measuring.rows import Plan, measure
@@ -33,10 +33,7 @@ from report.plots import write_plots, write_scale_plot
 from report.regression import check_comparable, describe, regressions
 from report.tables import frame_of, markdown, read_rows, report, text
 
-SAMPLES = {
-    "GPU": {"layer": 100, "model": 30, "scale": 100},
-    "CPU": {"layer": 25, "model": 3, "scale": 1},
-}
+SAMPLES = {"cuda": 100, "cpu": 25}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,19 +41,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    gpu = torch.cuda.is_available()
+    device = device_of_rank()
+    gpu = device.type == "cuda"
+    here = list(implementations(device))
+    several: dict[str, Any] = {"nargs": "+", "help": "default: %(default)s"}
+    dtypes, layouts = (["bf16", "fp32"], LAYOUTS) if gpu else (["fp32"], LAYOUTS[:1])
     file: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--suite", nargs="+", choices=suites(), default=suites())
+    what.add_argument("--suite", choices=suites(), default=suites(), **several)
     what.add_argument("--scale", action="store_true", help="2 to 4096 ranks, instead of layers")
     what.add_argument("--model", nargs="+", choices=NETWORKS, help="networks, instead of layers")
-    what.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS, help="default: what runs here")
-    what.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="default on a GPU: bf16, layers also fp32"
-    )
-    what.add_argument(
-        "--layout", nargs="+", choices=LAYOUTS, help="default: the first; of layers on a GPU, both"
-    )
+    what.add_argument("--impl", choices=here, default=here, **several)
+    what.add_argument("--dtype", choices=DTYPES, default=dtypes, **several)
+    what.add_argument("--layout", choices=LAYOUTS, default=layouts, **several)
     what.add_argument(
         "--block",
         choices=BLOCKS,
@@ -64,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="compare what follows the layer as well: eager, and fused into ours",
     )
     how = parser.add_argument_group("how it is timed")
-    how.add_argument("--samples", type=int, help=f"timed runs; default: {SAMPLES}")
+    how.add_argument("--samples", type=int, default=SAMPLES[device.type], help="%(default)s runs")
     how.add_argument("--cuda-graph", action="store_true", help="time kernels alone, in CUDA graphs")
     output = parser.add_argument_group("what is written")
     output.add_argument("--csv", **file, help="all rows; the report goes beside it")
@@ -78,19 +75,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="slower than the baseline by more is a regression (default: %(default)g)",
     )
     options = parser.parse_args(arguments)
-    kind = "scale" if options.scale else "model" if options.model else "layer"
-    several = gpu and kind == "layer"
-    options.dtype = options.dtype or (["bf16", *["fp32"] * several] if gpu else ["fp32"])
-    options.layout = options.layout or LAYOUTS[: 1 + several]
-    options.samples = options.samples or SAMPLES["GPU" if gpu else "CPU"][kind]
     if options.model and not LOSS_TOLERANCE.keys() >= set(options.dtype):
         parser.error(f"--dtype: a network trains in {' or '.join(LOSS_TOLERANCE)}")
     if options.cuda_graph and not gpu:
         parser.error("--cuda-graph: expected a GPU, found none")
-    try:
-        implementations(torch.device("cuda" if gpu else "cpu"), options.impl)
-    except ValueError as error:
-        parser.error(str(error))
     return options
 
 
@@ -106,15 +94,14 @@ def compare(options: argparse.Namespace) -> int:
     """Print and write the rows of layers or networks."""
     setting = environment(device_of_rank(), count_ranks())
     baseline = read_baseline(options.baseline, setting) if options.baseline else None
-    on_cpu = not torch.cuda.is_available()
-    kinds = options.dtype, options.layout, on_cpu
+    kinds = options.dtype, options.layout, not torch.cuda.is_available()
     contest: Any = Network if options.model else Exercise
     cases = (
         network_cases(options.model, *kinds)
         if options.model
         else read_cases(options.suite, *kinds, options.block)
     )
-    plan = Plan(contest, options.samples, options.impl, options.cuda_graph)
+    plan = Plan(contest, options.impl, options.samples, options.cuda_graph)
     rows, failures = run_on_ranks(measure, cases, plan)
     if not rows:
         sys.exit(f"nothing could be run: {failures}")
@@ -135,13 +122,10 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def compare_scale(options: argparse.Namespace) -> int:
-    """Print and write how costs grow with the ranks; the first rank of torchrun does it alone."""
-    if not is_first_rank():
-        return 0
-    table = scale_table(device_of_rank(), options.samples)
-    print(f"C = {CHANNELS}. bytes: received by a rank in forward, by formula; float32 gathered, ")
-    print("float64 reduced in a ring. us: measured, what is computed after it (on a GPU).\n")
-    print(markdown(text(table, ",.1f").reset_index().astype(str)))
+    """Print and write what a rank receives, by formula."""
+    table = scale_table()
+    print(f"Bytes that a rank receives in forward, by formula, {CHANNELS} channels:\n")
+    print(markdown(text(table.reset_index(), ",.0f")))
     if options.csv:
         write_rows(table.reset_index(), options.csv)
     if options.plots:

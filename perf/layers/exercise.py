@@ -7,19 +7,18 @@ from typing import Any
 import torch
 from machine.ranks import Place
 from measuring.times import Call
-from numerics import oracle
-from numerics.oracle import relative_error
+from numerics.oracle import batch_norm, relative_error
 from torch import Tensor
 
 from layers.cases import DTYPES, Case, laid_out
 from layers.implementations import Implementation
 from triton_syncbn import SyncBN
+from triton_syncbn.convert import BatchNorm
 
 # Of the norm. float32 sums of terms that cancel; half precision is rounded once, by half a unit in
 # the last place.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 2.0**-8, "fp16": 2.0**-11}
 BUFFERS_TOLERANCE = 1e-5
-EPS = 1e-5  # of every layer that is compared
 KINK = 2.0**-4  # some units in the last place of a bfloat16 sum of a few deviations
 
 
@@ -38,6 +37,16 @@ class Eager(torch.nn.Module):
         return torch.relu_(output)
 
 
+def in_block(layer: Any, block: str) -> Any:
+    """The layer with the block: ours takes it into its kernels."""
+    if block == "none":
+        return layer
+    if isinstance(layer, SyncBN):
+        layer.fused_activation = "relu"
+        return layer
+    return Eager(layer)
+
+
 class Exercise:
     """Data for a layer, and what it has to make of them.
 
@@ -47,7 +56,7 @@ class Exercise:
 
     def __init__(self, case: Case, place: Place) -> None:
         self.case = case
-        self.place = place
+        self.device = place.device
         samples, *rest = case.shape
         self.mine = slice(place.rank * samples, (place.rank + 1) * samples)
         generator = torch.Generator(place.device).manual_seed(0)
@@ -70,17 +79,15 @@ class Exercise:
         """
         batch, grad, *residual = self.batch
         for parts in ([batch], batch.split(samples)):
-            z = torch.cat([oracle.batch_norm(part, part, eps=EPS).output for part in parts])
+            z = torch.cat([batch_norm(part, part).output for part in parts])
             grad[sum(residual, z).abs() < KINK] = 0.0
 
     def enter(self, found: Implementation) -> tuple[float, dict[str, Call]]:
         """The error of an implementation on this rank, and a call for each pass."""
-        layer = block = found.layer_class(self.case.shape[1]).to(self.place.device)
-        if self.case.block != "none":
-            if isinstance(layer, SyncBN):
-                layer.fused_activation = "relu"
-            else:
-                block = Eager(layer)
+        layer = found.layer_class(self.case.shape[1])
+        # parameters are float32, as under autocast, or float64
+        layer.to(self.device, torch.promote_types(self.input.dtype, torch.float32))
+        block = in_block(layer, self.case.block)
         if found.compiled:
             torch._dynamo.reset()  # torch makes only so many graphs of one function
             # a backward that frees what forward saved cannot be run twice
@@ -99,30 +106,25 @@ class Exercise:
         everything = slice(None)
         normalized, part = (everything, self.mine) if synchronized else (self.mine, everything)
         batch, grad, *residual = (tensor[normalized].double() for tensor in self.batch)
-        if self.case.block != "none":  # its gradient is 0 where the block is
-            normal = oracle.batch_norm(batch, grad, eps=EPS).output
-            grad = torch.where(sum(residual, normal) > 0.0, grad, 0.0)
-        exact = oracle.batch_norm(batch, grad, eps=EPS)
-        expected = exact.output
-        if self.case.block != "none":
-            expected = sum(residual, expected).relu()
+        exact: Any = BatchNorm(batch.shape[1], dtype=torch.float64, device=self.device)
+        expected = in_block(exact, self.case.block)(batch.requires_grad_(), *residual)
+        expected.backward(grad)
         input = self.input.clone().requires_grad_()
         output = block(input, *self.residual)
         output.backward(self.grad_output)
-        assert input.grad is not None
+        assert input.grad is not None and batch.grad is not None
         # Where few values are normalized, dx cancels to far below dy * rstd, the largest of its
         # terms.
         others = [0, *range(2, batch.dim())]
-        rstd = (batch.var(others, correction=0, keepdim=True) + EPS).rsqrt()
+        rstd = (batch.detach().var(others, correction=0, keepdim=True) + exact.eps).rsqrt()
         largest_term = (grad * rstd)[part].norm().item()
         tolerance = TOLERANCE[self.case.dtype]
-        ratios = [
-            relative_error(output.detach(), expected[part]) / tolerance,
-            relative_error(input.grad, exact.grad_input[part], largest_term) / tolerance,
+        return max(
+            relative_error(output.detach(), expected[part].detach()) / tolerance,
+            relative_error(input.grad, batch.grad[part], largest_term) / tolerance,
             relative_error(layer.running_mean, exact.running_mean) / BUFFERS_TOLERANCE,
             relative_error(layer.running_var, exact.running_var) / BUFFERS_TOLERANCE,
-        ]
-        return torch.tensor(ratios, dtype=torch.float64).nan_to_num(torch.inf).max().item()
+        )
 
 
 def calls_of_passes(

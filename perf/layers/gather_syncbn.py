@@ -1,9 +1,9 @@
 """A synchronized batch norm that sends what torch.nn.SyncBatchNorm sends, for machines where that
 one does not run.
 
-Forward gathers mean, 1/std and count of every rank, 2C + 1 float32 numbers each; backward
-all-reduces 2C. What a rank computes by itself are the operators of triton_syncbn, so the two differ
-in communication, in what follows from it, and in nothing else.
+Forward gathers mean, 1/std and count of every rank, 2C + 1 numbers each; backward all-reduces 2C.
+What a rank computes by itself are the operators of triton_syncbn, so the two differ in
+communication, in what follows from it, and in nothing else.
 """
 
 from typing import Any
@@ -16,9 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from triton_syncbn import ops
 
 
+def wire_dtype(input: Tensor) -> torch.dtype:
+    """What statistics are sent in: float32, or float64 for such an input."""
+    return torch.promote_types(input.dtype, torch.float32)
+
+
 def merge(gathered: Tensor, eps: float) -> Tensor:
     """Moments of the global batch, float64 [2C + 1], from mean, 1/std and count of every rank,
-    float32 [ranks, 2C + 1].
+    [ranks, 2C + 1].
     """
     channels = gathered.shape[1] // 2
     means, rstds, counts = gathered.double().split((channels, channels, 1), dim=1)
@@ -32,7 +37,7 @@ class _GatherFunction(torch.autograd.Function):
         total, squares, count = ops.moments(input).split((input.shape[1], input.shape[1], 1))
         mean = total / count
         rstd = (squares / count - mean * mean + layer.eps).rsqrt()
-        mine = torch.cat([mean, rstd, count]).float()
+        mine = torch.cat([mean, rstd, count]).to(wire_dtype(input))
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, mine)
         moments = merge(torch.stack(gathered), layer.eps)
@@ -49,7 +54,7 @@ class _GatherFunction(torch.autograd.Function):
         sums, grad_weight, grad_bias = ops.grad_moments(
             grad_output, input, moments, weight.dtype, weight.dtype, ctx.eps
         )
-        sent = sums.float()
+        sent = sums.to(wire_dtype(input))
         dist.all_reduce(sent)
         grad_input = ops.grad_input(grad_output, input, moments, sent.double(), weight, ctx.eps)
         return grad_input, grad_weight, grad_bias, None

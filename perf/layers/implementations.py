@@ -1,7 +1,7 @@
 """What is compared. A new variant is one more entry of IMPLEMENTATIONS: the class of a layer."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -71,19 +71,9 @@ IMPLEMENTATIONS = {
 }
 
 
-def implementations(
-    device: torch.device, chosen: Sequence[str] | None = None
-) -> dict[str, Implementation]:
-    """Those that a device has, in the order of IMPLEMENTATIONS; or the chosen ones of them.
-
-    Raises ValueError for a chosen one that cannot run here.
-    """
-    here = {name: found for name, found in IMPLEMENTATIONS.items() if device.type in found.devices}
-    if missing := set(chosen or ()) - here.keys():
-        raise ValueError(
-            f"--impl: expected some of {', '.join(here)} on this device, got {', '.join(missing)}"
-        )
-    return {name: found for name, found in here.items() if name in (chosen or here)}
+def implementations(device: torch.device) -> dict[str, Implementation]:
+    """Those that a device has, in the order of IMPLEMENTATIONS."""
+    return {name: found for name, found in IMPLEMENTATIONS.items() if device.type in found.devices}
 
 
 @contextlib.contextmanager

@@ -61,19 +61,9 @@ def run_step(name: str, of: Operands, implementation: str = "kernels", **config:
     if name == "moments":
         return step(of.input, **config)
     if name == "normalize":
-        return step(
-            of.input,
-            of.moments,
-            of.weight,
-            of.bias,
-            running_mean=of.running_mean,
-            running_var=of.running_var,
-            num_batches_tracked=of.num_batches_tracked,
-            momentum=of.momentum,
-            eps=of.eps,
-            **of.block(),
-            **config,
-        )
+        named = ("running_mean", "running_var", "num_batches_tracked", "momentum", "eps")
+        settings = {key: getattr(of, key) for key in named} | of.block()
+        return step(of.input, of.moments, of.weight, of.bias, **settings, **config)
     block = of.block_in_backward()
     if name == "grad_moments":
         dtypes = [None if tensor is None else tensor.dtype for tensor in (of.weight, of.bias)]
@@ -82,8 +72,5 @@ def run_step(name: str, of: Operands, implementation: str = "kernels", **config:
         return step(of.grad_output, of.input, of.moments, *dtypes, of.eps, **block, **config)[0]
     if block:
         block["grad_residual"] = of.grad_residual
-    return step(
-        *(of.grad_output, of.input, of.moments, of.grad_moments, of.weight, of.eps),
-        **block,
-        **config,
-    )
+    sums = of.moments, of.grad_moments
+    return step(of.grad_output, of.input, *sums, of.weight, of.eps, **block, **config)

@@ -77,19 +77,12 @@ def _backbone(output_stride: int) -> nn.Module:
     )
 
 
-class ResNet50(nn.Module):
-    """Image classification (He, Zhang, Ren and Sun 2016), with the stride in the 3x3
-    convolutions.
+def resnet50(classes: int) -> nn.Module:
+    """Image classification (He, Zhang, Ren and Sun 2016), with the stride in the 3x3 convolutions:
+    (N, 3, H, W) to logits (N, classes).
     """
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.backbone = _backbone(output_stride=32)
-        self.classifier = nn.Linear(2048, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to logits (N, classes)."""
-        return self.classifier(self.backbone(images).mean((2, 3)))
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(_backbone(output_stride=32), *pool, nn.Linear(2048, classes))
 
 
 class DeepLab(nn.Module):
@@ -124,50 +117,8 @@ class DeepLab(nn.Module):
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
 
 
-def _double_conv3d(inputs: int, middle: int, outputs: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    for before, after in ((inputs, middle), (middle, outputs)):
-        layers += [nn.Conv3d(before, after, 3, padding=1), nn.BatchNorm3d(after), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-class UNet3d(nn.Module):
-    """Volumetric segmentation: 3D U-Net (Cicek, Abdulkadir, Lienkamp, Brox and Ronneberger 2016),
-    padded so that the output has the size of the input.
-    """
-
-    WIDTHS = (64, 128, 256, 512)
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        inputs = (3, *self.WIDTHS)
-        self.down = nn.ModuleList(
-            _double_conv3d(before, width // 2, width)
-            for before, width in zip(inputs, self.WIDTHS, strict=False)
-        )
-        wide_to_narrow = list(zip(self.WIDTHS[:0:-1], self.WIDTHS[-2::-1], strict=True))
-        self.widen = nn.ModuleList(
-            nn.ConvTranspose3d(wide, wide, 2, stride=2, bias=False) for wide, _ in wide_to_narrow
-        )
-        self.up = nn.ModuleList(
-            _double_conv3d(wide + narrow, narrow, narrow) for wide, narrow in wide_to_narrow
-        )
-        self.classifier = nn.Conv3d(self.WIDTHS[0], classes, 1)
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """(N, 3, D, H, W), sizes multiples of 8, to logits (N, classes, D, H, W)."""
-        kept = []
-        hidden = self.down[0](volumes)
-        for level in self.down[1:]:
-            kept.append(hidden)
-            hidden = level(F.max_pool3d(hidden, 2))
-        for widen, level in zip(self.widen, self.up, strict=True):
-            hidden = level(torch.cat([widen(hidden), kept.pop()], dim=1))
-        return self.classifier(hidden)
-
-
 # With the number of classes of the data set that each was published for.
-NETWORKS = {"resnet50": (ResNet50, 1000), "deeplab": (DeepLab, 21), "unet3d": (UNet3d, 3)}
+NETWORKS = {"resnet50": (resnet50, 1000), "deeplab": (DeepLab, 21)}
 
 
 def make_model(name: str) -> nn.Module:

@@ -47,13 +47,13 @@ def batch_norm(
 
 def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
     """Norm of the difference over `scale`, by default the norm of what is expected; 0 for two empty
-    tensors.
+    tensors, infinite where it is NaN.
     """
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     difference = (actual.double() - expected.double()).norm().item()
-    if difference == 0.0:
-        return 0.0
-    return difference / max(expected.double().norm().item() if scale is None else scale, 1e-300)
+    scale = expected.double().norm().item() if scale is None else scale
+    error = difference / max(scale, 1e-300)
+    return math.inf if math.isnan(error) else error
 
 
 def error_in_ulp(actual: Tensor, expected: Tensor, negligible: Tensor | float = 0.0) -> float:

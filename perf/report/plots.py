@@ -45,7 +45,13 @@ def write_plots(frame: pd.DataFrame, folder: pathlib.Path) -> str:
 
 def write_scale_plot(table: pd.DataFrame, folder: pathlib.Path) -> str:
     """Draw a table of measuring/scale.py into a folder. Returns what was done, in a line."""
-    return write_figures({"scale": lambda: draw_scale(table)}, folder)
+    title = "Bytes that a rank receives in forward, by formula"
+    size = WIDTH, 4
+
+    def draw() -> Any:
+        return table.plot(loglog=True, marker="o", grid=True, title=title, figsize=size).figure
+
+    return write_figures({"scale": draw}, folder)
 
 
 def write_figures(draw: Mapping[str, Callable[[], Any]], folder: pathlib.Path) -> str:
@@ -106,18 +112,3 @@ def draw_bandwidths(axes: Any, rows: pd.DataFrame) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tensor, MB; GB/s against it")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")  # 0.1, not a power of ten
-
-
-def draw_scale(table: pd.DataFrame) -> Any:
-    """What a gather and an all_reduce cost against the ranks: bytes, and times where measured."""
-    from matplotlib.figure import Figure
-
-    units = [unit for unit in ("bytes", "us") if not table.filter(like=unit).empty]
-    figure = Figure(figsize=(WIDTH, 1.0 + 3.0 * len(units)), layout="constrained")
-    titles = {"bytes": "Received by a rank in forward, by formula", "us": "Computed after it"}
-    for axes, unit in zip(figure.subplots(len(units), squeeze=False)[:, 0], units, strict=True):
-        table.filter(like=unit).plot(ax=axes, loglog=True, marker="o", title=titles[unit])
-        axes.set(ylabel=unit, xticks=table.index, xticklabels=table.index)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    return figure

@@ -2,12 +2,14 @@
 default. Nothing here asks a device.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from layers.cases import DTYPES, Case
 from triton_syncbn.kernels.indexing import Geometry, geometry, span_of_row
 from triton_syncbn.kernels.launch_config import (
+    MOST_SPLITS,
     WRITERS,
     LaunchConfig,
     default_config,
@@ -16,14 +18,16 @@ from triton_syncbn.kernels.launch_config import (
 )
 from triton_syncbn.kernels.tuned_configs import Bucket, bucket_of
 
-from tuning.config_check import check_config
-
 TILES = (512, 1024, 2048, 4096, 8192)  # elements
 WARPS = (1, 2, 4, 8)
 # Elements: fewer load too little at a time (one warp may), more do not fit its registers.
 LEAST_OF_THREAD, MOST_OF_THREAD = 8, 64
 CHANNELS_OF_TILE = (32, 64, 128)  # channels last: 64 bytes of a row and more
 PROGRAMS_OF_MULTIPROCESSOR = (2, 4, 8)
+# Of a tile or a flat block: up to here the writers' division by a reciprocal is exact.
+MOST_ELEMENTS_OF_TILE = 1 << 15
+MOST_CHANNELS_OF_TILE = 1 << 10  # channels last: the partial sums that are added up at once
+MOST_WARPS = 32
 
 
 class Job(NamedTuple):
@@ -49,8 +53,7 @@ def jobs_of(cases: Iterable[Case], kernels: Iterable[str]) -> list[Job]:
         for case in cases:
             shape = geometry(case.without_memory())
             job = Job(bucket_of(kernel, shape, DTYPES[case.dtype]), case, shape)
-            known = jobs.get(job.bucket)
-            if known is None or known.case.bytes < case.bytes:
+            if jobs.setdefault(job.bucket, job).case.bytes < case.bytes:
                 jobs[job.bucket] = job
     return list(jobs.values())
 
@@ -58,16 +61,28 @@ def jobs_of(cases: Iterable[Case], kernels: Iterable[str]) -> list[Job]:
 def candidates(job: Job, multiprocessors: int) -> list[LaunchConfig]:
     """The default first, then configs that every shape of the bucket can be launched with."""
     configs = [default_config(job.kernel, job.shape, multiprocessors)]
-    for config in _tiles(job):
-        try:
-            check_config(job.bucket, config)
-        except ValueError:
-            continue
+    for config in filter(functools.partial(suits, job.bucket), _tiles(job)):
         for splits in _splits(job, config, multiprocessors):
             fitted = fit_splits(job.kernel, job.shape, config._replace(splits=splits))
             if fitted not in configs:
                 configs.append(fitted)
     return configs
+
+
+def suits(bucket: Bucket, config: LaunchConfig) -> bool:
+    """Whether every shape of a bucket can be launched with a config."""
+    rows, columns, splits, warps = config
+    if any(size < 1 or size & (size - 1) for size in (rows, columns, warps)):
+        return False
+    if not 1 <= splits <= MOST_SPLITS or warps > MOST_WARPS:
+        return False
+    if rows * columns > MOST_ELEMENTS_OF_TILE or columns < bucket.vector:
+        return False
+    if bucket.layout == "channels_last":
+        return columns <= MOST_CHANNELS_OF_TILE
+    if bucket.kernel in WRITERS:  # which walk channels-first maps flat
+        return rows == 1
+    return rows == 1 or columns >= 1 << bucket.columns  # several rows only where they are whole
 
 
 def _tiles(job: Job) -> Iterator[LaunchConfig]:

@@ -14,10 +14,8 @@ from layers.steps import KERNELS
 from triton_syncbn.kernels import launch_config, tuned_configs
 from triton_syncbn.kernels.launch_config import LaunchConfig, default_config
 from triton_syncbn.kernels.tuned_configs import lookup, read_configs
-from tuning import candidates, config_file, selection
-from tuning.config_check import check_config
-from tuning.kernel_of_layer import KernelOfLayer
-from tuning.selection import finalists, winner
+from tuning import candidates, config_file, trial
+from tuning.trial import KernelOfLayer, Outcome, finalists, winner
 
 LAYOUTS = ["channels_first", "channels_last"]
 CPU = torch.device("cpu")
@@ -45,7 +43,7 @@ def make_file():
 
 
 def found(config, microseconds=8.0, default=10.0):
-    return tune.Outcome(config, microseconds, default, {}, {})
+    return Outcome(config, microseconds, default, {}, 0)
 
 
 def test_candidates_are_the_default_and_others_that_fit_every_shape_of_the_bucket():
@@ -58,7 +56,7 @@ def test_candidates_are_the_default_and_others_that_fit_every_shape_of_the_bucke
         assert len({default, *others}) == 1 + len(others) <= 150
         alone += not others  # a channel that a single warp holds
         for config in others:
-            check_config(job.bucket, config)
+            assert candidates.suits(job.bucket, config)
     assert alone < 0.05 * len(jobs)
 
 
@@ -90,7 +88,7 @@ def test_a_bucket_is_tuned_once_on_its_largest_layer():
     ],
 )
 def test_a_config_is_kept_if_it_beats_the_default_by_3_percent_in_three_rounds(rounds, expected):
-    assert (selection.GAIN, selection.ROUNDS) == (0.03, 3)
+    assert (trial.GAIN, trial.ROUNDS) == (0.03, 3)
     assert winner(rounds, "d") == expected
 
 
@@ -116,17 +114,17 @@ def test_what_a_kernel_makes_is_checked_against_float64(name, layout, monkeypatc
 
 
 class Stopwatch:
-    """Stands in for the timer: runs every function, and says the seconds that a test wants."""
+    """Stands in for the timer: runs every function, and says the times that a test wants."""
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    def __init__(self, microseconds):
+        self.microseconds = microseconds
         self.calls = []
 
     def __call__(self, functions):
         self.calls.append(list(functions))
         for function in functions.values():
             assert isinstance(function(), torch.Tensor)
-        return {name: self.seconds(name) for name in functions}
+        return {name: self.microseconds(name) for name in functions}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -140,7 +138,7 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
         for warps in (1, 2, 4, 8, 16)
         if warps != default.num_warps
     )
-    monkeypatch.setattr(tune, "candidates", lambda *_: [default, good, faster, wrong, broken])
+    monkeypatch.setattr(trial, "candidates", lambda *_: [default, good, faster, wrong, broken])
     launch = KernelOfLayer.launch
 
     def launch_some(self, config):
@@ -149,9 +147,9 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
         return launch(self, config) + (config == wrong)
 
     monkeypatch.setattr(KernelOfLayer, "launch", launch_some)
-    watch = Stopwatch({default: 10e-6, good: 9e-6, faster: 8e-6}.__getitem__)
+    watch = Stopwatch({default: 10.0, good: 9.0, faster: 8.0}.__getitem__)
     file = make_file()
-    assert tune.tune([job], CPU, watch, file, write=True) == 1
+    assert tune.tune([job], CPU, watch, file) == 1
     assert watch.calls == [[default, good, faster]] + [[default, faster, good]] * 3
 
     entry = json.loads((folder / "Triton_interpreter.json").read_text())["entries"]
@@ -170,17 +168,19 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
 def test_the_timer_gives_the_median_of_each_function():
     """Here by the host's clock; on a GPU it is the device's."""
     runs = []
-    seconds = tune.gpu_timer(CPU)({name: lambda name=name: runs.append(name) for name in "ab"})
-    assert set(seconds) == {"a", "b"}
-    assert all(0 < value < 1 for value in seconds.values())
+    microseconds = trial.gpu_timer(CPU)(
+        {name: lambda name=name: runs.append(name) for name in "ab"}
+    )
+    assert set(microseconds) == {"a", "b"}
+    assert all(0 < value < 1e6 for value in microseconds.values())
     assert runs[:2] == ["a", "b"]
-    assert runs.count("a") == runs.count("b") > tune.SAMPLES
+    assert runs.count("a") == runs.count("b") > trial.SAMPLES
 
 
 def test_no_faster_config_leaves_the_default_and_a_note_of_it(folder):
     (job,) = candidates.jobs_of(TINY[:1], ["moments"])
     file = make_file()
-    tune.tune([job], CPU, Stopwatch(lambda _: 5e-6), file, write=True)
+    tune.tune([job], CPU, Stopwatch(lambda _: 5.0), file)
     content = json.loads(file.path.read_text())
     assert content["entries"] == {}
     assert content["defaults"] == {
@@ -194,7 +194,7 @@ def test_a_wrong_default_decides_nothing(monkeypatch):
     monkeypatch.setattr(KernelOfLayer, "error_of", lambda self, config: 2.0)
     file = make_file()
     count = len(candidates.candidates(job, launch_config.multiprocessors(CPU)))
-    assert tune.tune([job], CPU, Stopwatch(lambda _: 1.0), file, write=True) == count
+    assert tune.tune([job], CPU, Stopwatch(lambda _: 1.0), file) == count
     assert not file.knows(job)
 
 
@@ -205,29 +205,29 @@ def minutes(monkeypatch):
     assert len(jobs) == 16
     now, tuned = [0.0], []
 
-    def tune_job(job, device, timer):
+    def try_candidates(job, device, timer):
         now[0] += 60.0
         tuned.append(job)
         config = LaunchConfig(1, 64, 1, 4) if len(tuned) % 2 else None
         return found(config, 8.0 if config else 10.0)
 
-    monkeypatch.setattr(tune, "tune_job", tune_job)
+    monkeypatch.setattr(tune, "try_candidates", try_candidates)
     return jobs, lambda: now[0], tuned
 
 
 def test_a_budget_begins_no_bucket_after_it(minutes):
     jobs, clock, tuned = minutes
-    tune.tune(jobs, CPU, None, make_file(), write=False, budget=2.5, clock=clock)
+    tune.tune(jobs, CPU, None, make_file(), budget=2.5, clock=clock)
     assert tuned == jobs[:3]
 
 
 def test_a_run_that_was_stopped_goes_on(minutes):
     jobs, clock, tuned = minutes
-    tune.tune(jobs, CPU, None, make_file(), write=True, budget=3, clock=clock)
+    tune.tune(jobs, CPU, None, make_file(), budget=3, clock=clock)
     file = make_file()
     file.resume()
     assert [file.knows(job) for job in jobs] == [True] * 3 + [False] * 13
-    tune.tune(jobs, CPU, None, file, write=True, clock=clock)
+    tune.tune(jobs, CPU, None, file, clock=clock)
     assert tuned == jobs
     content = json.loads(file.path.read_text())
     assert (len(content["entries"]), len(content["defaults"])) == (8, 8)
@@ -238,28 +238,23 @@ def test_a_run_that_was_stopped_goes_on(minutes):
 def test_without_resume_a_run_starts_anew(minutes):
     jobs, clock, tuned = minutes
     for _ in range(2):
-        tune.tune(jobs[:2], CPU, None, make_file(), write=True, clock=clock)
+        tune.tune(jobs[:2], CPU, None, make_file(), clock=clock)
     assert tuned == jobs[:2] * 2
 
 
 @pytest.mark.parametrize("key", ["schema", "device", "arch", "triton", "commit"])
 def test_a_run_does_not_go_on_with_a_file_of_something_else(key):
     file = make_file()
-    file.path.write_text(json.dumps(file.content | {key: "another"}))
-    with pytest.raises(ValueError, match=f"{key}: expected .* to go on, got 'another'"):
+    file.made_by[key] = "another"
+    file.write()
+    with pytest.raises(ValueError, match=r"to go on, got .*'another'.*run without --resume"):
         make_file().resume()
-
-
-def test_nothing_is_written_unless_asked(minutes, folder):
-    jobs, clock, _ = minutes
-    tune.tune(jobs, CPU, None, make_file(), write=False, clock=clock)
-    assert os.listdir(folder) == []
 
 
 def test_without_a_gpu_it_refuses_and_lists(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        tune.main(["--write"])
+        tune.main([])
     assert stopped.value.code == 2
     assert "expected a GPU to measure on" in capsys.readouterr().err
     choice = ["--suite", "heads", "--dtype", "bf16", "--kernel", "moments"]
