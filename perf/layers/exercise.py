@@ -130,19 +130,17 @@ class Exercise:
 def calls_of_passes(
     layer: torch.nn.Module, input: Tensor, grad_output: Tensor, *residual: Tensor
 ) -> dict[str, Call]:
-    """A call for each of PASSES; the forward of a backward is prepared, and not timed."""
+    """A call for each of PASSES. That of backward is always of the same forward, and what a forward
+    saved is retained, as a CUDA graph replays a backward many times.
+    """
     leaves = [tensor.detach().requires_grad_() for tensor in (input, *residual)]
     needed = [*leaves, *layer.parameters()]
+    output = layer(*leaves)
 
-    def forward(prepared: None = None) -> Tensor:
+    def forward() -> Tensor:
         return layer(*leaves)
 
-    def backward(output: Tensor) -> Any:
-        # what is retained is freed with the output; a CUDA graph replays a backward many times
+    def backward(output: Tensor = output) -> Any:
         return torch.autograd.grad(output, needed, grad_output, retain_graph=True)
 
-    return {
-        "forward": Call(forward),
-        "backward": Call(backward, forward),
-        "both": Call(lambda prepared: backward(forward())),
-    }
+    return {"forward": forward, "backward": backward, "both": lambda: backward(forward())}

@@ -43,12 +43,10 @@ def count_calls(calls: Mapping[Name, Call], device: torch.device) -> dict[Name, 
     labels = {name: f"counted call {index}" for index, name in enumerate(calls)}
     with profile(activities=activities) as profiler:
         for name, call in calls.items():
-            prepared = call.prepare()
             if gpu:
                 torch.cuda.synchronize(device)
             with record_function(labels[name]):
-                call.work(prepared)
-            del prepared
+                call()
         if gpu:
             torch.cuda.synchronize(device)
     events = list(profiler.events() or [])

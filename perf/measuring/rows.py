@@ -17,7 +17,7 @@ from machine.ranks import Place
 from tqdm import tqdm
 
 from measuring.counts import count_calls
-from measuring.times import WARMUP, Call, call_of, in_cuda_graph, percentiles, time_calls
+from measuring.times import WARMUP, Call, in_cuda_graph, percentiles, time_calls
 
 COPIED_BYTES = 1 << 29  # larger than any cache, small enough to copy many times
 
@@ -55,7 +55,9 @@ def measure(place: Place, cases: list[Case], plan: Plan) -> Measured:
     """
     measured = Measured([], {})
     roof = copy_bytes_per_second(place.device, plan.samples) if on_gpu(place) else None
-    with synchronized_even_alone():
+    # backward runs on the stream of its forward, and the default one cannot be captured
+    stream = torch.cuda.Stream(place.device) if on_gpu(place) else None
+    with torch.cuda.stream(stream), synchronized_even_alone():
         for case in tqdm(cases, unit="case", disable=place.rank != 0, dynamic_ncols=True):
             rows, calls = check(place, case, plan, measured.failures)
             for key, figures in figures_of(place, calls, plan, measured.failures).items():
@@ -115,7 +117,7 @@ def figures_of(
     device = place.device
     for _ in range(WARMUP if on_gpu(place) else 1):  # a CPU has no clock to raise
         for call in calls.values():
-            call.work(call.prepare())
+            call()
     counts = count_calls(calls, device)
     peaks = {key: peak_megabytes(call, device) for key, call in calls.items() if on_gpu(place)}
     timed = dict(calls)
@@ -140,13 +142,10 @@ def figures_of(
 
 
 def peak_megabytes(call: Call, device: torch.device) -> float:
-    """Megabytes (10**6 bytes) of a GPU in use at the peak of a call, above what is there before.
-    What was prepared counts: a backward has what its forward saved.
-    """
+    """Megabytes (10**6 bytes) of a GPU in use at the peak of a call, above what is there before."""
     before = torch.cuda.memory_allocated(device)
-    prepared = call.prepare()
     torch.cuda.reset_peak_memory_stats(device)
-    call.work(prepared)
+    call()
     return (torch.cuda.max_memory_allocated(device) - before) * 1e-6
 
 
@@ -156,7 +155,7 @@ def copy_bytes_per_second(device: torch.device, samples: int) -> float:
     """
     source = torch.zeros(COPIED_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    copied = time_calls({"copy": call_of(lambda: target.copy_(source))}, device, samples)
+    copied = time_calls({"copy": lambda: target.copy_(source)}, device, samples)
     return 2 * COPIED_BYTES / (percentiles(copied["copy"].device)[1] * 1e-6)
 
 

@@ -19,26 +19,8 @@ WARMUP = 3
 FLUSH_BYTES = 256 << 20  # larger than the cache of any GPU
 
 Name = TypeVar("Name", bound=Hashable)
+Call = Callable[[], Any]
 Clock = Callable[[], float]
-
-
-def nothing() -> None:
-    """Prepare nothing."""
-
-
-class Call(NamedTuple):
-    """A call to time, and what has to be done before each of its samples, untimed.
-
-    `work` is given what `prepare` returned.
-    """
-
-    work: Callable[[Any], Any]
-    prepare: Callable[[], Any] = nothing
-
-
-def call_of(work: Callable[[], Any]) -> Call:
-    """A call of a function for which nothing is prepared."""
-    return Call(lambda prepared: work())
 
 
 class Samples(NamedTuple):
@@ -61,7 +43,7 @@ def time_calls(
     """Seconds of `samples` runs of each call; all ranks must time the same calls."""
     for _ in range(warmup):
         for call in calls.values():
-            call.work(call.prepare())
+            call()
     on_device = _device_seconds(calls, device, samples) if device.type == "cuda" else {}
     host = _host_seconds(calls, device, samples, clock)
     return _of_slowest_rank(
@@ -70,24 +52,21 @@ def time_calls(
 
 
 def in_cuda_graph(call: Call, device: torch.device) -> Call:
-    """A call that replays what `call` does on the device, from a CUDA graph: time it for kernels
-    without the host.
+    """A warm call, that replays what `call` does on the device, from a CUDA graph: time it for
+    kernels without the host. The current stream must not be the default one.
 
-    What `prepare` makes is made once, before the capture. Raises RuntimeError where the call cannot
-    be captured, as one that waits for the device cannot.
+    Raises RuntimeError where the call cannot be captured, as one that waits for the device cannot.
     """
-    stream = torch.cuda.Stream(device)  # the backward of what ran on a stream runs on that stream
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP):
-            call.work(call.prepare())
-        prepared = call.prepare()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = call.work(prepared)
-    alive = prepared, result  # the graph reads and writes their memory
-    return Call(lambda kept: graph.replay(), lambda: alive)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result  # it is written to
+
+    return replay
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -109,15 +88,14 @@ def _host_seconds(
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     several = _several_ranks()
     for name in turns(list(calls), samples):
-        prepared = calls[name].prepare()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if several:
             dist.barrier()
         start = clock()
-        result = calls[name].work(prepared)
+        result = calls[name]()
         seconds[name].append(clock() - start)
-        del result, prepared  # not within a sample
+        del result  # not within a sample
     return seconds
 
 
@@ -130,16 +108,15 @@ def _device_seconds(
     several = _several_ranks()
     torch.cuda.synchronize(device)
     for name in turns(list(calls), samples):
-        prepared = calls[name].prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         if several:  # devices wait for each other, their hosts do not
             dist.all_reduce(arrived)
         start.record()
-        result = calls[name].work(prepared)
+        result = calls[name]()
         end.record()
         events[name].append((start, end))
-        del result, prepared
+        del result
     torch.cuda.synchronize(device)
     return {
         name: [start.elapsed_time(end) * 1e-3 for start, end in pairs]

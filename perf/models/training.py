@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from layers.cases import DTYPES, Case
 from layers.implementations import Implementation
 from machine.ranks import Place
-from measuring.times import Call, call_of
+from measuring.times import Call
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,7 +75,7 @@ class Network:
         if found.synchronized or self.place.world_size == 1:
             self.expected = self.expected or means
             error = error_of_losses(means, self.expected, self.case.dtype)
-        return error, {"step": call_of(step)}
+        return error, {"step": step}
 
     def step_with(self, found: Implementation) -> Callable[[], Tensor]:
         """A training step of a copy of the network; it returns the loss of this rank before it."""

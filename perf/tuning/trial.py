@@ -9,7 +9,7 @@ import torch
 from layers.cases import DTYPES, Case, laid_out
 from layers.exercise import TOLERANCE
 from layers.steps import Operands, run_step
-from measuring.times import call_of, percentiles, time_calls
+from measuring.times import percentiles, time_calls
 from numerics.oracle import relative_error
 from torch import Tensor
 from triton_syncbn.kernels.launch_config import REDUCTIONS, LaunchConfig, multiprocessors
@@ -107,7 +107,7 @@ def gpu_timer(device: torch.device) -> Timer:
     """Medians on a device, with a cold cache."""
 
     def timer(functions: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-        times = time_calls({name: call_of(functions[name]) for name in functions}, device, SAMPLES)
+        times = time_calls(functions, device, SAMPLES)
         return {name: percentiles(samples.device)[1] for name, samples in times.items()}
 
     return timer

@@ -7,7 +7,6 @@ import torch
 from layers.exercise import calls_of_passes
 from layers.implementations import implementations
 from measuring.counts import Counts, count_calls, counts_within
-from measuring.times import Call
 from torch.autograd import DeviceType
 
 CPU = torch.device("cpu")
@@ -18,7 +17,7 @@ def counted_passes(rank, world_size, name):
     layer = implementations(CPU)[name].layer_class(5)
     calls = calls_of_passes(layer, torch.randn(3, 5, 4, 4), torch.randn(3, 5, 4, 4))
     for call in calls.values():
-        call.work(call.prepare())
+        call()
     return count_calls(calls, CPU)
 
 
@@ -65,9 +64,9 @@ def test_what_the_profiler_does_not_see_is_no_zero():
 def test_a_gpu_counts_launches_and_waits():
     device = torch.device("cuda")
     x = torch.zeros(8, device=device)
-    calls = {"two": Call(lambda _: x.add_(1).mul_(2)), "wait": Call(lambda _: x.sum().item())}
+    calls = {"two": lambda: x.add_(1).mul_(2), "wait": lambda: x.sum().item()}
     for call in calls.values():
-        call.work(None)
+        call()
     counted = count_calls(calls, device)
     assert counted["two"] == Counts(2, 0, 0)
     assert counted["wait"] == Counts(1, 1, 0)
