@@ -102,13 +102,13 @@ def compare(options: argparse.Namespace) -> int:
         else read_cases(options.suite, *kinds, options.block)
     )
     plan = Plan(contest, options.impl, options.samples, options.cuda_graph)
-    rows, failures = run_on_ranks(measure, cases, plan)
+    rows = run_on_ranks(measure, cases, plan)
     if not rows:
-        sys.exit(f"nothing could be run: {failures}")
+        sys.exit("nothing could be run")
     frame = frame_of(rows, setting)
     slower = None if baseline is None else regressions(frame, baseline, options.fail_over)
     if is_first_rank():
-        told = report(frame, failures)
+        told = report(frame)
         print(f"\n{told}")
         if options.csv:
             write_rows(frame, options.csv)

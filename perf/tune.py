@@ -46,7 +46,7 @@ def tune(
             break
         progress.set_description(f"{job.kernel} {job.case.shape_name} {job.case.dtype}")
         outcome = try_candidates(job, device, timer)
-        wrong += len(outcome.wrong)
+        wrong += outcome.wrong
         progress.write(describe(job, outcome))
         if outcome.default_microseconds > 0:  # not NaN: the default is right
             file.add(job, outcome)
@@ -55,20 +55,13 @@ def tune(
 
 
 def describe(job: Job, outcome: Outcome) -> str:
-    """A line a bucket, and one for each wrong candidate."""
+    """A line a bucket."""
     result = "the default stays"
     if outcome.config is not None:
         gain = outcome.default_microseconds / outcome.microseconds
         result = f"{outcome.microseconds:.1f} us, {gain:.2f}x: {tuple(outcome.config)}"
-    lines = [
-        f"{job.bucket} ({job.case.layer}): default {outcome.default_microseconds:.1f} us, {result}"
-        f"{f', {outcome.skipped} skipped' if outcome.skipped else ''}"
-    ]
-    lines += [
-        f"  WRONG {tuple(config)}: {error:.3g} times the tolerance"
-        for config, error in outcome.wrong.items()
-    ]
-    return "\n".join(lines)
+    default = f"default {outcome.default_microseconds:.1f} us"
+    return f"{job.bucket} ({job.case.layer}): {default}, {result}, {outcome.skipped} skipped"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

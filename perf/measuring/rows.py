@@ -2,6 +2,7 @@
 device, then how long it takes.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -42,30 +43,23 @@ class Plan(NamedTuple):
     cuda_graph: bool = False
 
 
-class Measured(NamedTuple):
-    """What came of it."""
-
-    rows: list[dict[str, Any]]
-    failures: dict[str, str]  # of what cannot run here: the first reason
-
-
-def measure(place: Place, cases: list[Case], plan: Plan) -> Measured:
+def measure(place: Place, cases: list[Case], plan: Plan) -> list[dict[str, Any]]:
     """Measure the cases on this rank; all ranks of the default process group make the call, and
     all get the same rows.
     """
-    measured = Measured([], {})
+    measured: list[dict[str, Any]] = []
     roof = copy_bytes_per_second(place.device, plan.samples) if on_gpu(place) else None
     # backward runs on the stream of its forward, and the default one cannot be captured
     stream = torch.cuda.Stream(place.device) if on_gpu(place) else None
     with torch.cuda.stream(stream), synchronized_even_alone():
         for case in tqdm(cases, unit="case", disable=place.rank != 0, dynamic_ncols=True):
-            rows, calls = check(place, case, plan, measured.failures)
-            for key, figures in figures_of(place, calls, plan, measured.failures).items():
+            rows, calls = check(place, case, plan)
+            for key, figures in figures_of(place, calls, plan).items():
                 rows[key] |= figures
                 if roof and key[1] in PASSES:
                     bytes_per_second = case.bytes_of_pass(key[1]) / (figures["us_p50"] * 1e-6)
                     rows[key]["copy_fraction"] = bytes_per_second / roof
-            measured.rows.extend({**row, "copy_bytes_per_s": roof} for row in rows.values())
+            measured += [{**row, "copy_bytes_per_s": roof} for row in rows.values()]
     return measured
 
 
@@ -75,7 +69,7 @@ def on_gpu(place: Place) -> bool:
 
 
 def check(
-    place: Place, case: Case, plan: Plan, failures: dict[str, str]
+    place: Place, case: Case, plan: Plan
 ) -> tuple[dict[Key, dict[str, Any]], dict[Key, Call]]:
     """The rows of a case without figures, and the calls of what is right."""
     contest = plan.contest(case, place)
@@ -91,28 +85,27 @@ def check(
         except Exception as failure:  # the compiler's
             if not found.compiled:
                 raise
-            failures.setdefault(name, f"{case.layer}: {_first_line(failure)}")
+            warn_once(f"{name} is left out: {failure}")
             continue
         errors: list[Any] = [None] * place.world_size
         dist.all_gather_object(errors, error)
         error = None if error is None else max(errors)
         for pass_name, call in passes.items():
             rows[name, pass_name] = {
-                **case._asdict(),
-                "shape": case.shape_name,
-                "impl": name,
-                "pass": pass_name,
-                "timer": timer,
-                "error_over_tolerance": error,
+                **{**case._asdict(), "shape": case.shape_name, "impl": name, "pass": pass_name},
+                **{"timer": timer, "error_over_tolerance": error},
             }
             if error is None or error <= 1.0:
                 calls[name, pass_name] = call
     return rows, calls
 
 
-def figures_of(
-    place: Place, calls: dict[Key, Call], plan: Plan, failures: dict[str, str]
-) -> dict[Key, dict[str, Any]]:
+def warn_once(message: str) -> None:
+    """Say on the first line why something is left out: Python shows the same warning once."""
+    warnings.warn(message.strip().splitlines()[0], stacklevel=2)
+
+
+def figures_of(place: Place, calls: dict[Key, Call], plan: Plan) -> dict[Key, dict[str, Any]]:
     """What is counted and timed of calls."""
     device = place.device
     for _ in range(WARMUP if on_gpu(place) else 1):  # a CPU has no clock to raise
@@ -126,7 +119,7 @@ def figures_of(
             timed[key] = in_cuda_graph(call, device)
         except RuntimeError as failure:
             del timed[key]
-            failures.setdefault(key[0], f"cannot be captured: {_first_line(failure)}")
+            warn_once(f"{key[0]} is left out, as it cannot be captured: {failure}")
     # the calls themselves are warm, their graphs are not
     times = time_calls(timed, device, plan.samples, warmup=1)
     figures = {}
@@ -157,7 +150,3 @@ def copy_bytes_per_second(device: torch.device, samples: int) -> float:
     target = torch.empty_like(source)
     copied = time_calls({"copy": lambda: target.copy_(source)}, device, samples)
     return 2 * COPIED_BYTES / (percentiles(copied["copy"].device)[1] * 1e-6)
-
-
-def _first_line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {str(failure).strip()}".splitlines()[0]

@@ -54,19 +54,3 @@ def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None)
     scale = expected.double().norm().item() if scale is None else scale
     error = difference / max(scale, 1e-300)
     return math.inf if math.isnan(error) else error
-
-
-def error_in_ulp(actual: Tensor, expected: Tensor, negligible: Tensor | float = 0.0) -> float:
-    """Largest distance in units in the last place that actual's dtype has at the expected value.
-
-    expected: float64. An element that is off by no more than `negligible` counts as right.
-    """
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
-    if actual.numel() == 0:
-        return 0.0
-    info = torch.finfo(actual.dtype)
-    unit = expected.abs().clamp(min=info.tiny).log2().floor().exp2() * info.eps
-    difference = (actual.double() - expected).abs()
-    difference = torch.where(difference <= negligible, 0.0, difference)
-    largest = (difference / unit).max().item()
-    return math.inf if math.isnan(largest) else largest

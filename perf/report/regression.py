@@ -5,6 +5,8 @@ from typing import Any
 import pandas as pd
 from machine.environment import VERSIONS
 
+from report.tables import markdown
+
 KEYS = ["impl", "pass", "suite", "layer", "shape", "dtype", "layout", "block", "timer"]
 
 
@@ -39,13 +41,9 @@ def regressions(frame: pd.DataFrame, baseline: pd.DataFrame, percent: float) -> 
 
 
 def describe(slower: pd.DataFrame, percent: float) -> str:
-    """A line a regression."""
+    """How many rows are slower, and a line for each."""
+    told = f"{len(slower)} rows are slower than the baseline by more than {percent:g}%."
     if slower.empty:
-        return f"No row is slower than the baseline by more than {percent:g}%."
-    lines = [
-        f"SLOWER: {row.impl}, {row.layer}, {row.dtype}, {row.layout}, {row['pass']}: "
-        f"{row.us_p50:.1f} us, was {row.us_p50_before:.1f} "
-        f"(+{100 * (row.us_p50 / row.us_p50_before - 1):.0f}%)"
-        for _, row in slower.iterrows()
-    ]
-    return "\n".join([f"{len(lines)} rows are slower by more than {percent:g}%:", *lines])
+        return told
+    columns = ["impl", "layer", "dtype", "layout", "pass", "us_p50_before", "us_p50"]
+    return f"{told}\n\n{markdown(slower[columns].round(1).astype(str))}"

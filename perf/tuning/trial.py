@@ -12,6 +12,7 @@ from layers.steps import Operands, run_step
 from measuring.times import percentiles, time_calls
 from numerics.oracle import relative_error
 from torch import Tensor
+from tqdm import tqdm
 from triton_syncbn.kernels.launch_config import REDUCTIONS, LaunchConfig, multiprocessors
 
 from tuning.candidates import Job, candidates
@@ -71,7 +72,7 @@ class Outcome(NamedTuple):
     config: LaunchConfig | None  # None: the default stays
     microseconds: float  # of the config, or of the default; NaN if the default is wrong
     default_microseconds: float
-    wrong: dict[LaunchConfig, float]  # error in units of what is tolerated
+    wrong: int  # candidates
     skipped: int  # candidates that could not be launched
 
 
@@ -79,15 +80,19 @@ def try_candidates(job: Job, device: torch.device, timer: Timer) -> Outcome:
     """Check all candidates of a bucket, and time those that are right."""
     layer = KernelOfLayer(job.kernel, job.case, device)
     default, *others = candidates(job, multiprocessors(device))
-    errors: dict[LaunchConfig, float] = {}
+    right: list[LaunchConfig] = []
+    wrong = skipped = 0
     for config in (default, *others):
         try:
-            errors[config] = layer.error_of(config)
+            error = layer.error_of(config)
         except Exception:  # the compiler, the driver: whatever it is, it is not a config
+            skipped += 1
             continue
-    right = [config for config, error in errors.items() if error <= 1.0]
-    wrong = {config: error for config, error in errors.items() if config not in right}
-    skipped = 1 + len(others) - len(errors)
+        if error <= 1.0:
+            right.append(config)
+        else:
+            wrong += 1
+            tqdm.write(f"WRONG: {job.bucket} {tuple(config)}: {error:.3g} times the tolerance")
     if default not in right:
         return Outcome(None, float("nan"), float("nan"), wrong, skipped)
 

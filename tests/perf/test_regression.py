@@ -44,7 +44,7 @@ BEFORE = rows(98.0, 100.0, 102.0)
 def test_slower_by_more_than_allowed_and_above_the_noise(now, regression):
     slower = regressions(now, BEFORE, 5.0)
     assert len(slower) == regression
-    assert ("SLOWER: triton_syncbn, stem" in describe(slower, 5.0)) == regression
+    assert ("triton_syncbn | stem" in describe(slower, 5.0)) == regression
 
 
 def test_the_allowance_is_what_was_asked_for():

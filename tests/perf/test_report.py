@@ -109,7 +109,7 @@ def test_bytes_by_formula_and_the_copy_roof_are_in_the_notes():
 
 
 def test_of_one_implementation_there_are_times_alone():
-    told = report(rows(impls=("torch_batchnorm",)), {})
+    told = report(rows(impls=("torch_batchnorm",)))
     assert "small head" in told
     assert "times faster" not in told
 

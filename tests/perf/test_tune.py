@@ -43,7 +43,7 @@ def make_file():
 
 
 def found(config, microseconds=8.0, default=10.0):
-    return Outcome(config, microseconds, default, {}, 0)
+    return Outcome(config, microseconds, default, 0, 0)
 
 
 def test_candidates_are_the_default_and_others_that_fit_every_shape_of_the_bucket():
