@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import torch
 import triton
 from machine.environment import ROOT, commit, has_changes
-from numerics.errors import error, exact_result, scale_of
+from numerics.errors import error, exact_result, scales
 from numerics.examples import HARD_EXAMPLES, hard_example
 from numerics.interpreter import prepare
 from numerics.training import COMPARED, train_steps, train_torch
@@ -48,7 +48,7 @@ def measure(name: str, seeds: int) -> dict[str, list[float]]:
     for seed in range(seeds):
         example = hard_example(name, seed)
         exact = exact_result(example)
-        scale = scale_of(example, exact)
+        scale = scales(example, exact)
         results = [*(train_steps(steps, example) for steps in OURS), train_torch(example)]
         for compared in COMPARED:
             errors = [error(compared, result, exact, scale) for result in results]

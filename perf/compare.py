@@ -21,19 +21,19 @@ from typing import Any
 import pandas as pd
 import torch
 from layers.cases import BLOCKS, DTYPES, LAYOUTS, read_cases, suites
-from layers.exercise import Exercise
 from layers.implementations import implementations
 from machine.environment import environment
 from machine.ranks import count_ranks, device_of_rank, is_first_rank, run_on_ranks
 from measuring.rows import Plan, measure
 from measuring.scale import CHANNELS, scale_table
 from models.networks import NETWORKS
-from models.training import LOSS_TOLERANCE, Network, network_cases
+from models.training import LOSS_TOLERANCE, network_cases
 from report.plots import write_plots, write_scale_plot
 from report.regression import check_comparable, describe, regressions
 from report.tables import frame_of, markdown, read_rows, report, text
 
 SAMPLES = {"cuda": 100, "cpu": 25}
+TOLERATED_PERCENT = 5.0  # that a row may be slower than the baseline
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -67,13 +67,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--csv", **file, help="all rows; the report goes beside it")
     output.add_argument("--plots", type=pathlib.Path, metavar="DIR", help="pictures")
     output.add_argument("--baseline", **file, help="rows of an earlier run, to find what is slower")
-    output.add_argument(
-        "--fail-over",
-        type=float,
-        default=5.0,
-        metavar="PERCENT",
-        help="slower than the baseline by more is a regression (default: %(default)g)",
-    )
     options = parser.parse_args(arguments)
     if options.model and not LOSS_TOLERANCE.keys() >= set(options.dtype):
         parser.error(f"--dtype: a network trains in {' or '.join(LOSS_TOLERANCE)}")
@@ -95,18 +88,17 @@ def compare(options: argparse.Namespace) -> int:
     setting = environment(device_of_rank(), count_ranks())
     baseline = read_baseline(options.baseline, setting) if options.baseline else None
     kinds = options.dtype, options.layout, not torch.cuda.is_available()
-    contest: Any = Network if options.model else Exercise
     cases = (
         network_cases(options.model, *kinds)
         if options.model
         else read_cases(options.suite, *kinds, options.block)
     )
-    plan = Plan(contest, options.impl, options.samples, options.cuda_graph)
+    plan = Plan(options.impl, options.samples, options.cuda_graph)
     rows = run_on_ranks(measure, cases, plan)
     if not rows:
         sys.exit("nothing could be run")
     frame = frame_of(rows, setting)
-    slower = None if baseline is None else regressions(frame, baseline, options.fail_over)
+    slower = None if baseline is None else regressions(frame, baseline, TOLERATED_PERCENT)
     if is_first_rank():
         told = report(frame)
         print(f"\n{told}")
@@ -116,7 +108,7 @@ def compare(options: argparse.Namespace) -> int:
         if options.plots:
             print(write_plots(frame, options.plots))
         if slower is not None:
-            print(describe(slower, options.fail_over))
+            print(describe(slower, TOLERATED_PERCENT))
     wrong = (frame.error_over_tolerance > 1.0).any()
     return int(wrong or (slower is not None and not slower.empty))
 

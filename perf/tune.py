@@ -8,9 +8,9 @@ stopped goes on with --resume.
 """
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 import triton
@@ -21,31 +21,24 @@ from triton_syncbn.kernels import tuned_configs
 from triton_syncbn.kernels.launch_config import multiprocessors
 from tuning.candidates import Job, candidates, jobs_of
 from tuning.config_file import ConfigFile
-from tuning.trial import Outcome, Timer, gpu_timer, try_candidates
+from tuning.trial import Outcome, try_candidates
 
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
 
 
-def tune(
-    jobs: list[Job],
-    device: torch.device,
-    timer: Timer,
-    file: ConfigFile,
-    budget: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
+def tune(jobs: list[Job], device: torch.device, file: ConfigFile, budget: float = math.inf) -> int:
     """Tune the buckets that the file does not know yet, until `budget` minutes are over, and write
     it after each. Returns how many candidates were wrong.
     """
-    start = clock()
+    end = time.monotonic() + budget * 60
     wrong = 0
     progress = tqdm([job for job in jobs if not file.knows(job)], unit="bucket", dynamic_ncols=True)
     for job in progress:
-        if budget is not None and clock() - start >= budget * 60:
+        if time.monotonic() >= end:
             progress.write(f"{budget:g} minutes are over; go on with --resume")
             break
         progress.set_description(f"{job.kernel} {job.case.shape_name} {job.case.dtype}")
-        outcome = try_candidates(job, device, timer)
+        outcome = try_candidates(job, device)
         wrong += outcome.wrong
         progress.write(describe(job, outcome))
         if outcome.default_microseconds > 0:  # not NaN: the default is right
@@ -70,9 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
-    parser.add_argument(
-        "--budget", type=float, metavar="MINUTES", help="begin no bucket after that"
-    )
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes, for buckets begun")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--suite", nargs="+", choices=suites(), default=suites())
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
@@ -95,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     file = ConfigFile(tuned_configs.device_name(device), f"{target.backend}:{target.arch}")
     if options.resume:
         file.resume()
-    wrong = tune(jobs, device, gpu_timer(device), file, options.budget)
+    wrong = tune(jobs, device, file, options.budget)
     return int(wrong > 0)
 
 

@@ -3,18 +3,17 @@ device, then how long it takes.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from layers.cases import PASSES, Case
-from layers.implementations import (
-    IMPLEMENTATIONS,
-    Implementation,
-    synchronized_even_alone,
-)
+from layers.exercise import Exercise
+from layers.implementations import IMPLEMENTATIONS, synchronized_even_alone
 from machine.ranks import Place
+from models.networks import NETWORKS
+from models.training import Network
 from tqdm import tqdm
 
 from measuring.counts import count_calls
@@ -25,19 +24,9 @@ COPIED_BYTES = 1 << 29  # larger than any cache, small enough to copy many times
 Key = tuple[str, str]  # implementation, pass
 
 
-class Contest(Protocol):
-    """What implementations are held against each other in: a layer, or a whole network."""
-
-    def enter(self, found: Implementation) -> tuple[float | None, dict[str, Call]]:
-        """The error of an implementation on this rank, in units of what is tolerated (None: there
-        is nothing to hold it against), and its passes.
-        """
-
-
 class Plan(NamedTuple):
     """How cases are measured."""
 
-    contest: Callable[[Case, Place], Contest]
     implementations: Sequence[str]
     samples: int  # of each implementation and pass
     cuda_graph: bool = False
@@ -72,7 +61,7 @@ def check(
     place: Place, case: Case, plan: Plan
 ) -> tuple[dict[Key, dict[str, Any]], dict[Key, Call]]:
     """The rows of a case without figures, and the calls of what is right."""
-    contest = plan.contest(case, place)
+    contest: Network | Exercise = (Network if case.suite in NETWORKS else Exercise)(case, place)
     rows: dict[Key, dict[str, Any]] = {}
     calls: dict[Key, Call] = {}
     timer = "host clock"

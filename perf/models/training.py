@@ -4,7 +4,6 @@ backward, SGD; DistributedDataParallel where there are several ranks.
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -89,9 +88,7 @@ class Network:
             model.compile()
         if self.place.world_size > 1:
             devices = [device] if device.type == "cuda" else None
-            with warnings.catch_warnings():  # PyTorch 2.13 has another name for it, 2.11 has not
-                warnings.simplefilter("ignore", FutureWarning)
-                model = DistributedDataParallel(model, devices, broadcast_buffers=False)
+            model = DistributedDataParallel(model, devices)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         half = self.case.dtype == "bf16"
 

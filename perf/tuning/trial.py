@@ -1,9 +1,9 @@
 """Every candidate of a bucket tried: whether it is right, and whether it beats the default."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from layers.cases import DTYPES, Case, laid_out
@@ -17,8 +17,6 @@ from triton_syncbn.kernels.launch_config import REDUCTIONS, LaunchConfig, multip
 
 from tuning.candidates import Job, candidates
 
-# Runs the functions of a round in turns: microseconds of each name.
-Timer = Callable[[Mapping[Any, Callable[[], Any]]], dict[Any, float]]
 Name = TypeVar("Name")
 
 REDUCTIONS_TOLERANCE = 1e-5  # of the norm of the sums of sizes; float64 has that of a map
@@ -76,7 +74,7 @@ class Outcome(NamedTuple):
     skipped: int  # candidates that could not be launched
 
 
-def try_candidates(job: Job, device: torch.device, timer: Timer) -> Outcome:
+def try_candidates(job: Job, device: torch.device) -> Outcome:
     """Check all candidates of a bucket, and time those that are right."""
     layer = KernelOfLayer(job.kernel, job.case, device)
     default, *others = candidates(job, multiprocessors(device))
@@ -97,7 +95,9 @@ def try_candidates(job: Job, device: torch.device, timer: Timer) -> Outcome:
         return Outcome(None, float("nan"), float("nan"), wrong, skipped)
 
     def measure(configs: list[LaunchConfig]) -> dict[LaunchConfig, float]:
-        return timer({config: functools.partial(layer.launch, config) for config in configs})
+        launches = {config: functools.partial(layer.launch, config) for config in configs}
+        times = time_calls(launches, device, SAMPLES)
+        return {config: percentiles(samples.device)[1] for config, samples in times.items()}
 
     best = finalists(measure(right), default)
     rounds = [measure(best) for _ in range(ROUNDS if len(best) > 1 else 1)]
@@ -106,16 +106,6 @@ def try_candidates(job: Job, device: torch.device, timer: Timer) -> Outcome:
     # of the round in which the config gained least
     least = max(rounds, key=lambda times: times[shown] / times[default])
     return Outcome(chosen, least[shown], least[default], wrong, skipped)
-
-
-def gpu_timer(device: torch.device) -> Timer:
-    """Medians on a device, with a cold cache."""
-
-    def timer(functions: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-        times = time_calls(functions, device, SAMPLES)
-        return {name: percentiles(samples.device)[1] for name, samples in times.items()}
-
-    return timer
 
 
 def finalists(first: Mapping[Name, float], default: Name) -> list[Name]:

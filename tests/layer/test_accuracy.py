@@ -100,7 +100,7 @@ def test_counts_beyond_32_bits(implementation, device):
     """Sums as of 2**33 values: the same results, and a variance that is hardly unbiased."""
     example = examples.make_example((3,), 3, (5,), mean=1e2)
     exact = errors.exact_result(example)
-    scale = errors.scale_of(example, exact)
+    scale = errors.scales(example, exact)
     result = training.train_steps(implementation, example, copies=2**33 / 15)
     for name in ("output", "grad_input"):
         assert errors.error(name, result, exact, scale) <= NOISE, name
@@ -144,7 +144,7 @@ def test_equal_values_have_no_variance(sizes, implementation):
     result = training.train_steps(implementation, example)
     assert torch.equal(result.running_var, torch.zeros(31))
     exact = errors.exact_result(example)
-    scale = errors.scale_of(example, exact)
+    scale = errors.scales(example, exact)
     for name in training.COMPARED:
         assert errors.error(name, result, exact, scale) <= NOISE, name
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import tune
 from layers.cases import Case, read_cases, suites
 from layers.steps import KERNELS
+from measuring.times import Samples
 from triton_syncbn.kernels import launch_config, tuned_configs
 from triton_syncbn.kernels.launch_config import LaunchConfig, default_config
 from triton_syncbn.kernels.tuned_configs import lookup, read_configs
@@ -40,10 +41,6 @@ def folder(monkeypatch, tmp_path):
 
 def make_file():
     return config_file.ConfigFile(GPU_NAME, "none")
-
-
-def found(config, microseconds=8.0, default=10.0):
-    return Outcome(config, microseconds, default, 0, 0)
 
 
 def test_candidates_are_the_default_and_others_that_fit_every_shape_of_the_bucket():
@@ -116,15 +113,17 @@ def test_what_a_kernel_makes_is_checked_against_float64(name, layout, monkeypatc
 class Stopwatch:
     """Stands in for the timer: runs every function, and says the times that a test wants."""
 
-    def __init__(self, microseconds):
+    def __init__(self, monkeypatch, microseconds):
         self.microseconds = microseconds
         self.calls = []
+        monkeypatch.setattr(trial, "time_calls", self)
 
-    def __call__(self, functions):
+    def __call__(self, functions, device, samples):
         self.calls.append(list(functions))
         for function in functions.values():
             assert isinstance(function(), torch.Tensor)
-        return {name: self.microseconds(name) for name in functions}
+        seconds = {name: [self.microseconds(name) * 1e-6] * samples for name in functions}
+        return {name: Samples(seconds[name], []) for name in functions}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -147,9 +146,9 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
         return launch(self, config) + (config == wrong)
 
     monkeypatch.setattr(KernelOfLayer, "launch", launch_some)
-    watch = Stopwatch({default: 10.0, good: 9.0, faster: 8.0}.__getitem__)
+    watch = Stopwatch(monkeypatch, {default: 10.0, good: 9.0, faster: 8.0}.__getitem__)
     file = make_file()
-    assert tune.tune([job], CPU, watch, file) == 1
+    assert tune.tune([job], CPU, file) == 1
     assert watch.calls == [[default, good, faster]] + [[default, faster, good]] * 3
 
     entry = json.loads((folder / "Triton_interpreter.json").read_text())["entries"]
@@ -165,22 +164,11 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
     assert lookup(name, job.shape, torch.float32, CPU) == faster
 
 
-def test_the_timer_gives_the_median_of_each_function():
-    """Here by the host's clock; on a GPU it is the device's."""
-    runs = []
-    microseconds = trial.gpu_timer(CPU)(
-        {name: lambda name=name: runs.append(name) for name in "ab"}
-    )
-    assert set(microseconds) == {"a", "b"}
-    assert all(0 < value < 1e6 for value in microseconds.values())
-    assert runs[:2] == ["a", "b"]
-    assert runs.count("a") == runs.count("b") > trial.SAMPLES
-
-
-def test_no_faster_config_leaves_the_default_and_a_note_of_it(folder):
+def test_no_faster_config_leaves_the_default_and_a_note_of_it(monkeypatch):
+    Stopwatch(monkeypatch, lambda _: 5.0)
     (job,) = candidates.jobs_of(TINY[:1], ["moments"])
     file = make_file()
-    tune.tune([job], CPU, Stopwatch(lambda _: 5.0), file)
+    tune.tune([job], CPU, file)
     content = json.loads(file.path.read_text())
     assert content["entries"] == {}
     assert content["defaults"] == {
@@ -194,40 +182,40 @@ def test_a_wrong_default_decides_nothing(monkeypatch):
     monkeypatch.setattr(KernelOfLayer, "error_of", lambda self, config: 2.0)
     file = make_file()
     count = len(candidates.candidates(job, launch_config.multiprocessors(CPU)))
-    assert tune.tune([job], CPU, Stopwatch(lambda _: 1.0), file) == count
+    assert tune.tune([job], CPU, file) == count
     assert not file.knows(job)
 
 
 @pytest.fixture
 def minutes(monkeypatch):
-    """A clock on which a bucket takes a minute, and the buckets that were tuned."""
+    """A clock on which a bucket takes a minute; the buckets, and those that were tuned."""
     jobs = candidates.jobs_of(TINY, KERNELS)
     assert len(jobs) == 16
-    now, tuned = [0.0], []
+    tuned = []
 
-    def try_candidates(job, device, timer):
-        now[0] += 60.0
+    def try_candidates(job, device):
         tuned.append(job)
         config = LaunchConfig(1, 64, 1, 4) if len(tuned) % 2 else None
-        return found(config, 8.0 if config else 10.0)
+        return Outcome(config, 8.0 if config else 10.0, 10.0, 0, 0)
 
     monkeypatch.setattr(tune, "try_candidates", try_candidates)
-    return jobs, lambda: now[0], tuned
+    monkeypatch.setattr(tune.time, "monotonic", lambda: 60.0 * len(tuned))
+    return jobs, tuned
 
 
 def test_a_budget_begins_no_bucket_after_it(minutes):
-    jobs, clock, tuned = minutes
-    tune.tune(jobs, CPU, None, make_file(), budget=2.5, clock=clock)
+    jobs, tuned = minutes
+    tune.tune(jobs, CPU, make_file(), budget=2.5)
     assert tuned == jobs[:3]
 
 
 def test_a_run_that_was_stopped_goes_on(minutes):
-    jobs, clock, tuned = minutes
-    tune.tune(jobs, CPU, None, make_file(), budget=3, clock=clock)
+    jobs, tuned = minutes
+    tune.tune(jobs, CPU, make_file(), budget=3)
     file = make_file()
     file.resume()
     assert [file.knows(job) for job in jobs] == [True] * 3 + [False] * 13
-    tune.tune(jobs, CPU, None, file, clock=clock)
+    tune.tune(jobs, CPU, file)
     assert tuned == jobs
     content = json.loads(file.path.read_text())
     assert (len(content["entries"]), len(content["defaults"])) == (8, 8)
@@ -236,9 +224,9 @@ def test_a_run_that_was_stopped_goes_on(minutes):
 
 
 def test_without_resume_a_run_starts_anew(minutes):
-    jobs, clock, tuned = minutes
+    jobs, tuned = minutes
     for _ in range(2):
-        tune.tune(jobs[:2], CPU, None, make_file(), clock=clock)
+        tune.tune(jobs[:2], CPU, make_file())
     assert tuned == jobs[:2] * 2
 
 
