@@ -135,12 +135,13 @@ def calls_of_passes(
     """
     leaves = [tensor.detach().requires_grad_() for tensor in (input, *residual)]
     needed = [*leaves, *layer.parameters()]
-    output = layer(*leaves)
+    retained = layer(*leaves)
 
-    def forward() -> Tensor:
-        return layer(*leaves)
-
-    def backward(output: Tensor = output) -> Any:
+    def backward(output: Tensor = retained) -> Any:
         return torch.autograd.grad(output, needed, grad_output, retain_graph=True)
 
-    return {"forward": forward, "backward": backward, "both": lambda: backward(forward())}
+    return {
+        "forward": lambda: layer(*leaves),
+        "backward": backward,
+        "both": lambda: backward(layer(*leaves)),
+    }

@@ -25,10 +25,8 @@ def all_reduce_bytes(world_size: int, channels: int) -> float:
     return 2 * (world_size - 1) / world_size * (2 * channels + 1) * REDUCED_ITEM_BYTES
 
 
-def scale_table(channels: int = CHANNELS) -> pd.DataFrame:
+def scale_table() -> pd.DataFrame:
     """A line for each number of ranks."""
-    bytes_of = {"gather": gather_bytes, "all_reduce": all_reduce_bytes}
-    return pd.DataFrame(
-        {name: [count(size, channels) for size in WORLD_SIZES] for name, count in bytes_of.items()},
-        pd.Index(WORLD_SIZES, name="ranks"),
-    )
+    columns = {"gather": gather_bytes, "all_reduce": all_reduce_bytes}
+    lines = [{name: columns[name](size, CHANNELS) for name in columns} for size in WORLD_SIZES]
+    return pd.DataFrame(lines, pd.Index(WORLD_SIZES, name="ranks"))

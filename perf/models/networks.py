@@ -77,32 +77,28 @@ def _backbone(output_stride: int) -> nn.Module:
     )
 
 
-def resnet50(classes: int) -> nn.Module:
+class ResNet50(nn.Sequential):
     """Image classification (He, Zhang, Ren and Sun 2016), with the stride in the 3x3 convolutions:
-    (N, 3, H, W) to logits (N, classes).
+    (N, 3, H, W) to logits (N, classes), those of ImageNet.
     """
-    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(_backbone(output_stride=32), *pool, nn.Linear(2048, classes))
+
+    def __init__(self, classes: int = 1000) -> None:
+        pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(_backbone(output_stride=32), *pool, nn.Linear(2048, classes))
 
 
 class DeepLab(nn.Module):
     """Semantic segmentation: DeepLabv3 (Chen, Papandreou, Schroff and Adam 2017) on ResNet-50 at
-    output stride 8.
+    output stride 8; the classes are those of PASCAL VOC.
     """
 
-    RATES = (12, 24, 36)
-
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int = 21) -> None:
         super().__init__()
         self.backbone = _backbone(output_stride=8)
-        self.pyramid = nn.ModuleList(
-            [
-                _conv_norm(2048, 256, 1),
-                *(_conv_norm(2048, 256, 3, dilation=rate) for rate in self.RATES),
-            ]
-        )
+        dilated = (_conv_norm(2048, 256, 3, dilation=rate) for rate in (12, 24, 36))
+        self.pyramid = nn.ModuleList([_conv_norm(2048, 256, 1), *dilated])
         self.pooled = _conv_norm(2048, 256, 1)
-        self.project = _conv_norm((2 + len(self.RATES)) * 256, 256, 1)
+        self.project = _conv_norm(5 * 256, 256, 1)
         self.refine = _conv_norm(256, 256, 3)
         self.classifier = nn.Conv2d(256, classes, 1)
 
@@ -117,11 +113,4 @@ class DeepLab(nn.Module):
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
 
 
-# With the number of classes of the data set that each was published for.
-NETWORKS = {"resnet50": (resnet50, 1000), "deeplab": (DeepLab, 21)}
-
-
-def make_model(name: str) -> nn.Module:
-    """A network with fresh weights from torch's generator."""
-    network, classes = NETWORKS[name]
-    return network(classes)
+NETWORKS = {"resnet50": ResNet50, "deeplab": DeepLab}

@@ -1,5 +1,6 @@
 """What is slower than it was: rows held against those of an earlier run on the same GPU."""
 
+import warnings
 from typing import Any
 
 import pandas as pd
@@ -10,21 +11,19 @@ from report.tables import markdown
 KEYS = ["impl", "pass", "suite", "layer", "shape", "dtype", "layout", "block", "timer"]
 
 
-def check_comparable(baseline: pd.DataFrame, setting: dict[str, Any]) -> list[str]:
-    """Warnings of versions that differ.
+def check_comparable(baseline: pd.DataFrame, setting: dict[str, Any]) -> None:
+    """Warn of versions that differ.
 
     Raises ValueError if the baseline is of another GPU or of another number of ranks.
     """
-    warnings = []
     for name in ("gpu", "world_size", *VERSIONS):
         here = "none" if setting[name] is None else str(setting[name])
         found = list(baseline[name].astype(object).fillna("none").astype(str).unique())
-        if found == [here]:
-            continue
-        if name not in VERSIONS:
-            raise ValueError(f"another {name}: expected {here}, got {', '.join(found)}")
-        warnings.append(f"measured with another {name}: {', '.join(found)}; here it is {here}")
-    return warnings
+        message = f"another {name}: expected {here}, got {', '.join(found)}"
+        if found != [here] and name not in VERSIONS:
+            raise ValueError(message)
+        if found != [here]:
+            warnings.warn(f"the baseline has {message}", stacklevel=2)
 
 
 def regressions(frame: pd.DataFrame, baseline: pd.DataFrame, percent: float) -> pd.DataFrame:

@@ -3,6 +3,7 @@ default. Nothing here asks a device.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -86,22 +87,19 @@ def suits(bucket: Bucket, config: LaunchConfig) -> bool:
 
 
 def _tiles(job: Job) -> Iterator[LaunchConfig]:
-    flat = job.kernel in WRITERS and not job.shape.channels_last
-    if job.shape.channels_last:
-        most = 1 << job.bucket.channels
-        widths = {min(width, most) for width in CHANNELS_OF_TILE}
+    if job.kernel in WRITERS and not job.shape.channels_last:
+        shapes = [(1, tile) for tile in TILES]
     else:
         row = max(1 << (span_of_row(job.shape) - 1).bit_length(), job.shape.vector)
-        widths = set(TILES) if flat else {min(row, tile) for tile in TILES}
-    for elements in TILES:
-        for width in sorted(widths):
-            if width > elements or (flat and width != elements):
-                continue
-            rows = 1 if flat else min(elements // width, 1 << job.bucket.rows)
-            for warps in WARPS:
-                each = rows * width / (32 * warps)
-                if each <= MOST_OF_THREAD and (each >= LEAST_OF_THREAD or warps == 1):
-                    yield LaunchConfig(rows, width, 1, warps)
+        widths = {min(row, tile) for tile in TILES}
+        if job.shape.channels_last:
+            widths = {min(width, 1 << job.bucket.channels) for width in CHANNELS_OF_TILE}
+        sides = [(tile, width) for tile in TILES for width in sorted(widths) if width <= tile]
+        shapes = [(min(tile // width, 1 << job.bucket.rows), width) for tile, width in sides]
+    for (rows, columns), warps in itertools.product(shapes, WARPS):
+        each = rows * columns / (32 * warps)
+        if each <= MOST_OF_THREAD and (each >= LEAST_OF_THREAD or warps == 1):
+            yield LaunchConfig(rows, columns, 1, warps)
 
 
 def _splits(job: Job, config: LaunchConfig, multiprocessors: int) -> list[int]:
