@@ -42,13 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument(
         "--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
     )
     options = parser.parse_args(arguments)
     builds: list[Build] = []
-    with compilers(options.jobs) as executor:
+    with compilers(os.cpu_count() or 1) as executor:
         work = [
             executor.submit(build_all, name, launches)
             for name in options.architecture

@@ -54,12 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--impl", choices=here, default=here, **several)
     what.add_argument("--dtype", choices=DTYPES, default=dtypes, **several)
     what.add_argument("--layout", choices=LAYOUTS, default=layouts, **several)
-    what.add_argument(
-        "--block",
-        choices=BLOCKS,
-        default="none",
-        help="compare what follows the layer as well: eager, and fused into ours",
-    )
+    what.add_argument("--block", choices=BLOCKS, default="none", help="what follows the layer")
     how = parser.add_argument_group("how it is timed")
     how.add_argument("--samples", type=int, default=SAMPLES[device.type], help="%(default)s runs")
     how.add_argument("--cuda-graph", action="store_true", help="time kernels alone, in CUDA graphs")

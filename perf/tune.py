@@ -37,7 +37,7 @@ def tune(jobs: list[Job], device: torch.device, file: ConfigFile, budget: float 
         if time.monotonic() >= end:
             progress.write(f"{budget:g} minutes are over; go on with --resume")
             break
-        progress.set_description(f"{job.kernel} {job.case.shape_name} {job.case.dtype}")
+        progress.set_description(f"{job.bucket.kernel} {job.case.shape_name} {job.case.dtype}")
         outcome = try_candidates(job, device)
         wrong += outcome.wrong
         progress.write(describe(job, outcome))
@@ -92,9 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def list_candidates(jobs: list[Job]) -> int:
     """Print the buckets, the layers they are tuned on and how many configs would be tried."""
-    size = MULTIPROCESSORS_OF_DRY_RUN
-    if torch.cuda.is_available():
-        size = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+    gpu = torch.cuda.is_available()
+    size = multiprocessors(torch.device("cuda")) if gpu else MULTIPROCESSORS_OF_DRY_RUN
     total = 0
     for job in jobs:
         configs = candidates(job, size)

@@ -16,11 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from triton_syncbn import ops
 
 
-def wire_dtype(input: Tensor) -> torch.dtype:
-    """What statistics are sent in: float32, or float64 for such an input."""
-    return torch.promote_types(input.dtype, torch.float32)
-
-
 def merge(gathered: Tensor, eps: float) -> Tensor:
     """Moments of the global batch, float64 [2C + 1], from mean, 1/std and count of every rank,
     [ranks, 2C + 1].
@@ -37,7 +32,8 @@ class _GatherFunction(torch.autograd.Function):
         total, squares, count = ops.moments(input).split((input.shape[1], input.shape[1], 1))
         mean = total / count
         rstd = (squares / count - mean * mean + layer.eps).rsqrt()
-        mine = torch.cat([mean, rstd, count]).to(wire_dtype(input))
+        ctx.dtype_sent = torch.promote_types(input.dtype, torch.float32)
+        mine = torch.cat([mean, rstd, count]).to(ctx.dtype_sent)
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, mine)
         moments = merge(torch.stack(gathered), layer.eps)
@@ -54,7 +50,7 @@ class _GatherFunction(torch.autograd.Function):
         sums, grad_weight, grad_bias = ops.grad_moments(
             grad_output, input, moments, weight.dtype, weight.dtype, ctx.eps
         )
-        sent = sums.to(wire_dtype(input))
+        sent = sums.to(ctx.dtype_sent)
         dist.all_reduce(sent)
         grad_input = ops.grad_input(grad_output, input, moments, sent.double(), weight, ctx.eps)
         return grad_input, grad_weight, grad_bias, None

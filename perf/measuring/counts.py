@@ -3,15 +3,13 @@ collectives. On a CPU nothing is launched and nothing waits.
 """
 
 import os
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from measuring.times import Call
-
-Name = TypeVar("Name", bound=Hashable)
+from measuring.times import Call, Name
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes into the progress bar
 
@@ -25,7 +23,6 @@ HOST_SYNCS = {
     for runtime in ("cuda", "hip")
     for call in ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "Memcpy")
 }
-COLLECTIVE = "c10d::"
 
 
 class Counts(NamedTuple):
@@ -58,10 +55,10 @@ def counts_within(events: Iterable[Any], label: str) -> Counts:
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     (top,) = (event for event in events if event.name == label)
     within = [event for event in events if _inside(event, top)]
-    collectives = [event for event in within if event.name.startswith(COLLECTIVE)]
+    collectives = [event for event in within if event.name.startswith("c10d::")]
     # What a collective calls and what NCCL launches is its own.
     outside = [event for event in within if not any(_inside(event, other) for other in collectives)]
-    counted = sum(event.name.startswith(COLLECTIVE) for event in outside)
+    counted = sum(event in outside for event in collectives)
     if not any(event.name in HOST_SYNCS for event in events):  # not even those of count_calls
         return Counts(None, None, counted)
     launches = sum(event.name.startswith(LAUNCHES) for event in outside)

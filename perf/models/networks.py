@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 
 def _conv_norm(
-    inputs: int,
-    outputs: int,
-    size: int,
-    stride: int = 1,
-    dilation: int = 1,
-    weight: float = 1.0,
+    inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1, weight: float = 1.0
 ) -> nn.Module:
     """A convolution without a bias, which batch norm would take away again, and the norm, whose
     weights start at `weight`.
@@ -24,10 +19,8 @@ def _conv_norm(
     norm = nn.BatchNorm2d(outputs)
     nn.init.constant_(norm.weight, weight)
     padding = dilation * (size // 2)
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False),
-        norm,
-    )
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
+    return nn.Sequential(conv, norm)
 
 
 class Bottleneck(nn.Module):

@@ -3,6 +3,7 @@ backward, SGD; DistributedDataParallel where there are several ranks.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -35,12 +36,8 @@ def network_cases(
 ) -> list[Case]:
     """A case for each network, dtype and layout; fp32, or bf16 for autocast."""
     shapes = CPU_SHAPES if on_cpu else GPU_SHAPES
-    return [
-        Case(name, name, shapes[name], dtype, layout)
-        for name in names
-        for dtype in dtypes
-        for layout in layouts
-    ]
+    every = itertools.product(names, dtypes, layouts)
+    return [Case(name, name, shapes[name], dtype, layout) for name, dtype, layout in every]
 
 
 class Network:
@@ -86,8 +83,7 @@ class Network:
         if found.compiled:
             model.compile()
         if self.place.world_size > 1:
-            devices = [device] if device.type == "cuda" else None
-            model = DistributedDataParallel(model, devices)
+            model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         half = self.case.dtype == "bf16"
 

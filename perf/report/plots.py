@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -29,18 +29,17 @@ def write_plots(frame: pd.DataFrame, folder: pathlib.Path) -> str:
     """Draw into a folder, for each dtype and layout: speed-ups by suite and, of a GPU, bandwidths.
     Returns what was done, in a line.
     """
-    figures: dict[str, tuple[str, Callable[[Any, Any], None], pd.DataFrame]] = {}
+    figures: dict[str, Callable[[], Any]] = {}
     for (dtype, layout), rows in frame.groupby(["dtype", "layout"], sort=False):
+        draw = functools.partial(panel_of_each_pass, rows)
+        kind = f"{dtype}, {layout}"
         if has_ours(rows):
-            title = f"Times faster than {baseline_of(rows)}, geometric means; {dtype}, {layout}"
-            figures[f"speedup_{dtype}_{layout}"] = title, draw_speedups, rows
+            title = f"Times faster than {baseline_of(rows)}, geometric means; {kind}"
+            figures[f"speedup_{dtype}_{layout}"] = functools.partial(draw, draw_speedups, title)
         if rows.copy_fraction.notna().any():
-            title = f"Bandwidth, bytes by formula, up is better; {dtype}, {layout}"
-            figures[f"bandwidth_{dtype}_{layout}"] = title, draw_bandwidths, rows
-    return write_figures(
-        {name: functools.partial(panel_of_each_pass, *what) for name, what in figures.items()},
-        folder,
-    )
+            title = f"Bandwidth, bytes by formula, up is better; {kind}"
+            figures[f"bandwidth_{dtype}_{layout}"] = functools.partial(draw, draw_bandwidths, title)
+    return write_figures(figures, folder)
 
 
 def write_scale_plot(table: pd.DataFrame, folder: pathlib.Path) -> str:
@@ -54,7 +53,7 @@ def write_scale_plot(table: pd.DataFrame, folder: pathlib.Path) -> str:
     return write_figures({"scale": draw}, folder)
 
 
-def write_figures(draw: Mapping[str, Callable[[], Any]], folder: pathlib.Path) -> str:
+def write_figures(draw: dict[str, Callable[[], Any]], folder: pathlib.Path) -> str:
     """Write figures by their names, or say why there is nothing to draw them with."""
     try:
         import matplotlib
@@ -68,7 +67,7 @@ def write_figures(draw: Mapping[str, Callable[[], Any]], folder: pathlib.Path) -
     return f"Plots: {', '.join(map(str, files.values()))}"
 
 
-def panel_of_each_pass(title: str, draw: Callable[[Any, Any], None], frame: pd.DataFrame) -> Any:
+def panel_of_each_pass(frame: pd.DataFrame, draw: Callable[[Any, Any], None], title: str) -> Any:
     """A figure with the passes below each other, and one legend for all."""
     from matplotlib.figure import Figure
 

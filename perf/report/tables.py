@@ -82,11 +82,6 @@ def line_per_pass(frame: pd.DataFrame) -> pd.DataFrame:
     return lines.drop(columns=["suite", *same])
 
 
-def means_of_kinds(frame: pd.DataFrame) -> pd.DataFrame:
-    """Text: means over all layers of a dtype and layout."""
-    return text(means(frame, ["dtype", "layout", "pass"]), ".2f").reset_index()
-
-
 def counts(frame: pd.DataFrame) -> pd.DataFrame:
     """Text: the most that a pass of each implementation asks of the device."""
     most = frame.groupby(["pass", "impl"], sort=False)[COUNTED].max().dropna(axis=1, how="all")
@@ -119,10 +114,11 @@ def where(frame: pd.DataFrame) -> str:
 
 def headline(frame: pd.DataFrame) -> str:
     """Means and counts, for the end of a report and for the README."""
+    of_kinds = means(frame, ["dtype", "layout", "pass"])
     parts = [
         f"How many times faster than {baseline_of(frame)}: geometric means over layers that are "
         "right against float64.",
-        markdown(means_of_kinds(frame)),
+        markdown(text(of_kinds, ".2f").reset_index()),
         "Counted in one run of a pass:",
         markdown(counts(frame)),
     ]

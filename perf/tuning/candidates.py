@@ -38,33 +38,26 @@ class Job(NamedTuple):
     case: Case
     shape: Geometry
 
-    @property
-    def kernel(self) -> str:
-        """Which of the four."""
-        return self.bucket.kernel
-
 
 def jobs_of(cases: Iterable[Case], kernels: Iterable[str]) -> list[Job]:
     """A job for each bucket that the layers fall into, in their order; where several layers fall
     into one, it is tuned on the largest.
     """
-    cases = list(cases)
     jobs: dict[Bucket, Job] = {}
-    for kernel in kernels:
-        for case in cases:
-            shape = geometry(case.without_memory())
-            job = Job(bucket_of(kernel, shape, DTYPES[case.dtype]), case, shape)
-            if jobs.setdefault(job.bucket, job).case.bytes < case.bytes:
-                jobs[job.bucket] = job
+    for kernel, case in itertools.product(kernels, cases):
+        shape = geometry(case.without_memory())
+        job = Job(bucket_of(kernel, shape, DTYPES[case.dtype]), case, shape)
+        if jobs.setdefault(job.bucket, job).case.bytes < case.bytes:
+            jobs[job.bucket] = job
     return list(jobs.values())
 
 
 def candidates(job: Job, multiprocessors: int) -> list[LaunchConfig]:
     """The default first, then configs that every shape of the bucket can be launched with."""
-    configs = [default_config(job.kernel, job.shape, multiprocessors)]
+    configs = [default_config(job.bucket.kernel, job.shape, multiprocessors)]
     for config in filter(functools.partial(suits, job.bucket), _tiles(job)):
         for splits in _splits(job, config, multiprocessors):
-            fitted = fit_splits(job.kernel, job.shape, config._replace(splits=splits))
+            fitted = fit_splits(job.bucket.kernel, job.shape, config._replace(splits=splits))
             if fitted not in configs:
                 configs.append(fitted)
     return configs
@@ -87,7 +80,7 @@ def suits(bucket: Bucket, config: LaunchConfig) -> bool:
 
 
 def _tiles(job: Job) -> Iterator[LaunchConfig]:
-    if job.kernel in WRITERS and not job.shape.channels_last:
+    if job.bucket.kernel in WRITERS and not job.shape.channels_last:
         shapes = [(1, tile) for tile in TILES]
     else:
         row = max(1 << (span_of_row(job.shape) - 1).bit_length(), job.shape.vector)
@@ -104,7 +97,7 @@ def _tiles(job: Job) -> Iterator[LaunchConfig]:
 
 def _splits(job: Job, config: LaunchConfig, multiprocessors: int) -> list[int]:
     """How many programs may share a channel, or into how many parts a flat walk is cut."""
-    if job.kernel in WRITERS and not job.shape.channels_last:
+    if job.bucket.kernel in WRITERS and not job.shape.channels_last:
         return [1, 2]
     blocks = reduction_blocks(job.shape, config)
     return [max(each * multiprocessors // blocks, 1) for each in PROGRAMS_OF_MULTIPROCESSOR]

@@ -50,17 +50,18 @@ class ConfigFile:
 
     def add(self, job: Job, outcome: Outcome) -> None:
         """Take in what was found for a bucket."""
-        shape = f"{job.case.shape_name} {job.case.dtype}"
-        default = {"default_microseconds": round(outcome.default_microseconds, 3)}
-        if outcome.config is None:
-            self.defaults[str(job.bucket)] = {"shape": shape, **default}
-            return
-        self.entries[str(job.bucket)] = {
-            "config": outcome.config._asdict(),
-            "shape": shape,
-            "microseconds": round(outcome.microseconds, 3),
-            **default,
+        entry: dict[str, Any] = {
+            "shape": f"{job.case.shape_name} {job.case.dtype}",
+            "default_microseconds": round(outcome.default_microseconds, 3),
         }
+        if outcome.config is None:
+            self.defaults[str(job.bucket)] = entry
+        else:
+            found = {
+                "config": outcome.config._asdict(),
+                "microseconds": round(outcome.microseconds, 3),
+            }
+            self.entries[str(job.bucket)] = {**entry, **found}
 
     def write(self) -> None:
         """Write the file whole, or leave it as it is."""

@@ -3,21 +3,19 @@
 import functools
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from layers.cases import DTYPES, Case, laid_out
 from layers.exercise import TOLERANCE
 from layers.steps import Operands, run_step
-from measuring.times import percentiles, time_calls
+from measuring.times import Name, percentiles, time_calls
 from numerics.oracle import relative_error
 from torch import Tensor
 from tqdm import tqdm
 from triton_syncbn.kernels.launch_config import REDUCTIONS, LaunchConfig, multiprocessors
 
 from tuning.candidates import Job, candidates
-
-Name = TypeVar("Name")
 
 REDUCTIONS_TOLERANCE = 1e-5  # of the norm of the sums of sizes; float64 has that of a map
 GAIN = 0.03  # of the time of the default, in every round
@@ -47,9 +45,8 @@ class KernelOfLayer:
         self.expected = run_step(kernel, exact, "reference")
         # the size of the result, or of the terms of a sum that may cancel
         sizes = exact._replace(grad_output=exact.grad_output.abs())
-        self.scale = (
-            run_step(kernel, sizes, "reference") if kernel == "grad_moments" else self.expected
-        ).norm()
+        terms = run_step(kernel, sizes, "reference") if kernel == "grad_moments" else self.expected
+        self.scale = terms.norm().item()
         counter = torch.tensor(0, device=device)
         sums = exact.moments, exact.grad_moments
         self.operands = Operands(x, dy, *sums, weight, bias, mean, variance, counter)
@@ -60,7 +57,7 @@ class KernelOfLayer:
 
     def error_of(self, config: LaunchConfig) -> float:
         """Error of a launch in units of what is tolerated; above 1 is wrong."""
-        error = relative_error(self.launch(config), self.expected, self.scale.item())
+        error = relative_error(self.launch(config), self.expected, self.scale)
         return error / self.tolerance
 
 
@@ -76,7 +73,7 @@ class Outcome(NamedTuple):
 
 def try_candidates(job: Job, device: torch.device) -> Outcome:
     """Check all candidates of a bucket, and time those that are right."""
-    layer = KernelOfLayer(job.kernel, job.case, device)
+    layer = KernelOfLayer(job.bucket.kernel, job.case, device)
     default, *others = candidates(job, multiprocessors(device))
     right: list[LaunchConfig] = []
     wrong = skipped = 0

@@ -49,7 +49,7 @@ def test_candidates_are_the_default_and_others_that_fit_every_shape_of_the_bucke
     alone = 0
     for job in jobs:
         default, *others = candidates.candidates(job, 132)
-        assert default == default_config(job.kernel, job.shape, 132)
+        assert default == default_config(job.bucket.kernel, job.shape, 132)
         assert len({default, *others}) == 1 + len(others) <= 150
         alone += not others  # a channel that a single warp holds
         for config in others:
@@ -61,7 +61,7 @@ def test_a_bucket_is_tuned_once_on_its_largest_layer():
     small, large = (Case("s", str(n), (32, n, 56, 56), "bf16", "channels_first") for n in (40, 64))
     other = small._replace(shape=(32, 65, 56, 56))
     jobs = candidates.jobs_of([small, large, other], ["moments", "normalize"])
-    assert [(job.kernel, job.case) for job in jobs] == [
+    assert [(job.bucket.kernel, job.case) for job in jobs] == [
         ("moments", large),
         ("moments", other),
         ("normalize", large),
