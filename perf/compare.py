@@ -4,7 +4,8 @@ takes.
 On a GPU: against torch.nn.SyncBatchNorm (its synchronized path, also where there is one rank) and
 torch's batch norm, which does not synchronize. Without one: two processes on this machine over
 gloo, smaller batches, against what is written by hand there, as torch.nn.SyncBatchNorm refuses CPU
-tensors, a layer that sends what it would send, and torch's batch norm.
+tensors, a layer that sends what it would send, and torch's batch norm. In float32 and channels
+first; on a GPU also in bfloat16 and in both layouts.
 
 Instead of layers: with --model, a training step of whole networks; with --scale, what a rank
 receives in groups of 2 to 4096 ranks, by formula.
@@ -44,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     device = device_of_rank()
     gpu = device.type == "cuda"
     here = list(implementations(device))
-    several: dict[str, Any] = {"nargs": "+", "help": "default: %(default)s"}
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME", "help": "of: %(choices)s"}
     dtypes, layouts = (["bf16", "fp32"], LAYOUTS) if gpu else (["fp32"], LAYOUTS[:1])
     file: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
     what = parser.add_argument_group("what is compared")

@@ -57,11 +57,8 @@ class ConfigFile:
         if outcome.config is None:
             self.defaults[str(job.bucket)] = entry
         else:
-            found = {
-                "config": outcome.config._asdict(),
-                "microseconds": round(outcome.microseconds, 3),
-            }
-            self.entries[str(job.bucket)] = {**entry, **found}
+            entry["microseconds"] = round(outcome.microseconds, 3)
+            self.entries[str(job.bucket)] = {"config": outcome.config._asdict(), **entry}
 
     def write(self) -> None:
         """Write the file whole, or leave it as it is."""
