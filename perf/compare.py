@@ -29,7 +29,7 @@ from measuring.rows import Plan, measure
 from measuring.scale import CHANNELS, scale_table
 from models.networks import NETWORKS
 from models.training import LOSS_TOLERANCE, network_cases
-from report.plots import write_plots, write_scale_plot
+from report.plots import figure_of_scale, figures_of, save
 from report.regression import check_comparable, describe, regressions
 from report.tables import frame_of, markdown, read_rows, report, text
 
@@ -102,7 +102,7 @@ def compare(options: argparse.Namespace) -> int:
             write_rows(frame, options.csv)
             options.csv.with_suffix(".md").write_text(f"{told}\n", encoding="utf-8")
         if options.plots:
-            print(write_plots(frame, options.plots))
+            print(save(figures_of(frame), options.plots))
         if slower is not None:
             print(describe(slower, TOLERATED_PERCENT))
     wrong = (frame.error_over_tolerance > 1.0).any()
@@ -113,11 +113,11 @@ def compare_scale(options: argparse.Namespace) -> int:
     """Print and write what a rank receives, by formula."""
     table = scale_table()
     print(f"Bytes that a rank receives in forward, by formula, {CHANNELS} channels:\n")
-    print(markdown(text(table.reset_index(), ",.0f")))
+    print(markdown(text(table, ",.0f")))
     if options.csv:
-        write_rows(table.reset_index(), options.csv)
+        write_rows(table, options.csv)
     if options.plots:
-        print(write_scale_plot(table, options.plots))
+        print(save(figure_of_scale(table), options.plots))
     return 0
 
 

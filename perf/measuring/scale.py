@@ -27,6 +27,5 @@ def all_reduce_bytes(world_size: int, channels: int) -> float:
 
 def scale_table() -> pd.DataFrame:
     """A line for each number of ranks."""
-    columns = {"gather": gather_bytes, "all_reduce": all_reduce_bytes}
-    lines = [{name: columns[name](size, CHANNELS) for name in columns} for size in WORLD_SIZES]
-    return pd.DataFrame(lines, pd.Index(WORLD_SIZES, name="ranks"))
+    lines = [(n, gather_bytes(n, CHANNELS), all_reduce_bytes(n, CHANNELS)) for n in WORLD_SIZES]
+    return pd.DataFrame(lines, columns=["ranks", "gather", "all_reduce"])

@@ -1,9 +1,8 @@
 """The report as pictures. matplotlib is imported when the first is drawn, and may be missing."""
 
-import functools
 import pathlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -14,7 +13,8 @@ from report.tables import baseline_of, has_ours, means, where
 
 WIDTH = 9  # inches: at what GitHub shows of it, letters of 10 points are as large as the text's
 RESOLUTION = 150  # dots per inch
-CHARACTERS = 100  # of the title, in a line
+CHARACTERS = 100  # of the small title, in a line
+UNDER = f"more is better; {BOUND}, which does not synchronize, is the bound"
 COLORS: dict[Any, Any] = {
     "torch_syncbn": "#d95f02",
     "handwritten_syncbn": "#d95f02",
@@ -25,62 +25,56 @@ COLORS: dict[Any, Any] = {
 }
 
 
-def write_plots(frame: pd.DataFrame, folder: pathlib.Path) -> str:
-    """Draw into a folder, for each dtype and layout: speed-ups by suite and, of a GPU, bandwidths.
-    Returns what was done, in a line.
-    """
-    figures: dict[str, Callable[[], Any]] = {}
+def figures_of(frame: pd.DataFrame) -> Iterator[tuple[str, Any]]:
+    """For each dtype and layout: speed-ups by suite and, of a GPU, bandwidths; with a name."""
     for (dtype, layout), rows in frame.groupby(["dtype", "layout"], sort=False):
-        draw = functools.partial(panel_of_each_pass, rows)
-        kind = f"{dtype}, {layout}"
         if has_ours(rows):
-            title = f"Times faster than {baseline_of(rows)}, geometric means; {kind}"
-            figures[f"speedup_{dtype}_{layout}"] = functools.partial(draw, draw_speedups, title)
+            title = f"Times faster than {baseline_of(rows)}, geometric means"
+            yield f"speedup_{dtype}_{layout}", panel_of_each_pass(rows, title, draw_speedups)
         if rows.copy_fraction.notna().any():
-            title = f"Bandwidth, bytes by formula, up is better; {kind}"
-            figures[f"bandwidth_{dtype}_{layout}"] = functools.partial(draw, draw_bandwidths, title)
-    return write_figures(figures, folder)
+            title = "GB/s, bytes by formula"
+            yield f"bandwidth_{dtype}_{layout}", panel_of_each_pass(rows, title, draw_bandwidths)
 
 
-def write_scale_plot(table: pd.DataFrame, folder: pathlib.Path) -> str:
-    """Draw a table of measuring/scale.py into a folder. Returns what was done, in a line."""
+def figure_of_scale(table: pd.DataFrame) -> Iterator[tuple[str, Any]]:
+    """Bytes against ranks, of a table of measuring/scale.py; with a name."""
     title = "Bytes that a rank receives in forward, by formula"
-    size = WIDTH, 4
-
-    def draw() -> Any:
-        return table.plot(loglog=True, marker="o", grid=True, title=title, figsize=size).figure
-
-    return write_figures({"scale": draw}, folder)
+    plot = table.set_index("ranks").plot
+    yield "scale", plot(loglog=True, marker="o", grid=True, title=title, figsize=(WIDTH, 4)).figure
 
 
-def write_figures(draw: dict[str, Callable[[], Any]], folder: pathlib.Path) -> str:
-    """Write figures by their names, or say why there is nothing to draw them with."""
+def save(figures: Iterator[tuple[str, Any]], folder: pathlib.Path) -> str:
+    """Draw into files. Returns which, or why there is nothing to draw with."""
     try:
         import matplotlib
     except ModuleNotFoundError as missing:
         return f"No plots: {missing.name} is not installed (pip install matplotlib)."
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.png" for name in draw}
-    for name, file in files.items():
-        draw[name]().savefig(file, dpi=RESOLUTION)
-    return f"Plots: {', '.join(map(str, files.values()))}"
+    files = []
+    for name, figure in figures:
+        files.append(str(folder / f"{name}.png"))
+        figure.savefig(files[-1], dpi=RESOLUTION, bbox_inches="tight")
+    return f"Plots: {', '.join(files)}"
 
 
-def panel_of_each_pass(frame: pd.DataFrame, draw: Callable[[Any, Any], None], title: str) -> Any:
-    """A figure with the passes below each other, and one legend for all."""
+def panel_of_each_pass(frame: pd.DataFrame, title: str, draw: Callable[[Any, Any], None]) -> Any:
+    """A figure of a dtype and layout, its passes below each other, with one legend for all."""
     from matplotlib.figure import Figure
 
+    kind = ", ".join(frame[["dtype", "layout"]].iloc[0])
     passes = list(frame["pass"].unique())
     figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * len(passes)), layout="constrained")
     grid = figure.subplots(len(passes), squeeze=False, sharex=True, sharey=True)[:, 0]
     for axes, name in zip(grid, passes, strict=True):
         draw(axes, frame[frame["pass"] == name])
         axes.set(ylabel=name)
+        axes.tick_params(axis="y", which="minor", labelleft=False)
         axes.grid(alpha=0.3, axis="y")
+        axes.label_outer()
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{title}; {kind}\n{UNDER}", fontsize=11)
     grid[0].set_title(textwrap.fill(where(frame), CHARACTERS), fontsize=8)
     return figure
 
@@ -108,6 +102,6 @@ def draw_bandwidths(axes: Any, rows: pd.DataFrame) -> None:
         reached = points.copy_fraction * roof
         axes.scatter(megabytes[points.index], reached, s=14, label=name, color=COLORS[name])
     axes.axhline(roof, color="black", linestyle="--", label=f"copy, {roof:,.0f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="tensor, MB; GB/s against it")
+    axes.set(xscale="log", yscale="log", xlabel="tensor, MB")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")  # 0.1, not a power of ten

@@ -5,7 +5,7 @@ import sys
 import pandas as pd
 import pytest
 from readme import filled
-from report.plots import draw_speedups, panel_of_each_pass, write_plots
+from report.plots import draw_speedups, figures_of, panel_of_each_pass, save
 from report.tables import (
     COLUMNS,
     counts,
@@ -138,7 +138,7 @@ def test_the_readme_is_refused_what_is_no_figure_of_a_gpu(frame, message):
 
 @pytest.mark.parametrize(("gpu", "names"), [(None, ["speedup"]), ("A", ["bandwidth", "speedup"])])
 def test_plots_are_drawn(tmp_path, gpu, names):
-    said = write_plots(rows(gpu=gpu), tmp_path)
+    said = save(figures_of(rows(gpu=gpu)), tmp_path)
     files = [f"{name}_{dtype}_channels_first.png" for name in names for dtype in ("bf16", "fp32")]
     assert sorted(file.name for file in tmp_path.iterdir()) == files
     for file in files:
@@ -147,7 +147,7 @@ def test_plots_are_drawn(tmp_path, gpu, names):
 
 
 def test_a_bar_for_each_implementation_stands_at_its_suite():
-    (axes,) = panel_of_each_pass(rows(dtypes=("fp32",)), draw_speedups, "title").axes
+    (axes,) = panel_of_each_pass(rows(dtypes=("fp32",)), "title", draw_speedups).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["heads", "edge", "all layers"]
     names = [container.get_label() for container in axes.containers]
     assert names == ["torch_batchnorm", "triton_syncbn", "triton_syncbn_compiled"]
@@ -158,5 +158,5 @@ def test_a_bar_for_each_implementation_stands_at_its_suite():
 
 def test_without_matplotlib_there_is_a_word_and_no_plot(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in write_plots(rows(), tmp_path / "plots")
+    assert "pip install matplotlib" in save(figures_of(rows()), tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
