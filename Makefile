@@ -14,13 +14,13 @@ help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
 	@echo "make gpu OUT=folder   on a machine with a GPU: its tests, the comparisons, tuning, into a folder; ARGS=--list"
 	@echo "make tune      find configs for the GPU of this machine; ARGS='--resume --budget 30' goes on for half an hour"
-	@echo "make test      run the tests that need no GPU"
+	@echo "make test      run the tests that need no GPU; ARGS='tests/layer/test_accuracy.py --drawn 1000' draws so many cases"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make soak      train many layers for many steps in four processes"
 	@echo "make versions  run the essentials on each Triton; ARGS='--torch 2.12.0' on a torch, ARGS='--python bin/python' where that is"
 	@echo "make architectures   compile every kernel for every architecture: registers, spills, widths"
 	@echo "make executed  execute what is compiled for each architecture; ARGS='--mutations 100' changes it: is it noticed?"
-	@echo "make accuracy  write tests/ACCURACY.md; ARGS='--examples 1000' to check so many drawn cases"
+	@echo "make accuracy  write tests/ACCURACY.md"
 	@echo "make sanitize  run the kernel tests on a GPU under compute-sanitizer"
 	@echo "make lint      check style and types; make format to mend style"
 	@echo "make clean     remove the virtual environment and build files"
@@ -41,7 +41,7 @@ gpu: $(ENVIRONMENT)
 	@$(RUN) perf/on_gpu.py $(OUT) $(ARGS)
 
 tune: $(ENVIRONMENT)
-	$(RUN) perf/tune.py --write $(ARGS)
+	$(RUN) perf/tune.py $(ARGS)
 
 test: $(ENVIRONMENT)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile $(ARGS)

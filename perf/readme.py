@@ -10,30 +10,29 @@ import sys
 
 import pandas as pd
 from machine.environment import ROOT
-from report.markdown import short_summary
-from report.tables import ours_of, read_rows
+from report.tables import has_ours, headline, read_rows, where
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- compare -->\n).*?(\n<!-- /compare -->)", re.DOTALL)
 
 
-def write_block(frame: pd.DataFrame, readme: pathlib.Path) -> None:
-    """Put the summary of a GPU's rows between the markers.
+def filled(readme: str, frame: pd.DataFrame) -> str:
+    """The text with the summary of a GPU's rows between its markers.
 
-    Raises ValueError if the rows were not measured on a GPU, if any is wrong, if there is nothing
-    to compare, or if the README has no markers.
+    Raises ValueError if the rows were not measured on a GPU, if any is wrong, or if there is
+    nothing to compare.
     """
     if frame.gpu.isna().any():
-        raise ValueError(f"{readme.name} shows figures of a GPU: expected its rows, got a CPU's")
+        raise ValueError("the README shows figures of a GPU: expected its rows, got a CPU's")
     if not (frame.error_over_tolerance <= 1.0).all():
-        raise ValueError(f"{readme.name} shows what is right: expected no wrong row")
-    if not ours_of(frame):
+        raise ValueError("the README shows what is right: expected no wrong row")
+    if not has_ours(frame):
         raise ValueError("expected rows of ours, and of what it is held against")
-    text = readme.read_text(encoding="utf-8")
-    if len(BLOCK.findall(text)) != 1:
-        raise ValueError(f"{readme}: expected <!-- compare --> and <!-- /compare --> once")
-    filled = BLOCK.sub(lambda match: match[1] + short_summary(frame) + match[2], text)
-    readme.write_text(filled, encoding="utf-8")
+    summary = (
+        f"{headline(frame)}\n\nThe layers are those of [perf/shapes.csv](perf/shapes.csv). "
+        f"{where(frame)}"
+    )
+    return BLOCK.sub(lambda match: match[1] + summary + match[2], readme)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,9 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("csv", type=pathlib.Path)
     options = parser.parse_args(arguments)
     try:
-        write_block(read_rows(options.csv), README)
+        text = filled(README.read_text(encoding="utf-8"), read_rows(options.csv))
     except ValueError as error:
         parser.error(str(error))
+    README.write_text(text, encoding="utf-8")
     return 0
 
 

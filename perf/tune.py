@@ -3,143 +3,58 @@ is faster than the default?
 
 Every candidate is checked against float64 before it is timed; what cannot be launched is skipped.
 Candidates are timed in turns, and one is kept only if it beats the default by 3 % in three rounds
-out of three. With --write the configs go to kernels/configs/<GPU>.json after each bucket, so that
-a run that was stopped goes on with --resume.
+out of three. The configs go to kernels/configs/<GPU>.json after each bucket, so that a run that was
+stopped goes on with --resume.
 """
 
 import argparse
-import functools
-import statistics
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import torch
+import triton
 from layers.cases import DTYPES, LAYOUTS, read_cases, suites
 from layers.steps import KERNELS
-from measuring.times import call_of, time_calls
 from tqdm import tqdm
 from triton_syncbn.kernels import tuned_configs
-from triton_syncbn.kernels.launch_config import LaunchConfig, multiprocessors
+from triton_syncbn.kernels.launch_config import multiprocessors
 from tuning.candidates import Job, candidates, jobs_of
 from tuning.config_file import ConfigFile
-from tuning.kernel_of_layer import KernelOfLayer
-from tuning.selection import ROUNDS, Timer, finalists, winner
+from tuning.trial import Outcome, try_candidates
 
-SAMPLES = 30  # of a candidate in a round
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
 
 
-class Outcome(NamedTuple):
-    """What tuning a bucket has found."""
-
-    config: LaunchConfig | None  # None: the default stays
-    microseconds: float  # of the config, or of the default
-    default_microseconds: float
-    wrong: dict[LaunchConfig, float]  # error in units of what is tolerated
-    skipped: dict[LaunchConfig, str]  # why it could not be launched
-
-
-def tune_job(job: Job, device: torch.device, timer: Timer) -> Outcome:
-    """Try all candidates of a bucket."""
-    layer = KernelOfLayer(job.kernel, job.case, device)
-    default, *others = candidates(job, multiprocessors(device))
-    right: list[LaunchConfig] = []
-    wrong: dict[LaunchConfig, float] = {}
-    skipped: dict[LaunchConfig, str] = {}
-    for config in (default, *others):
-        try:
-            error = layer.error_of(config)
-        except Exception as failure:  # the compiler, the driver: whatever it is, it is not a config
-            skipped[config] = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            continue
-        if error <= 1.0:
-            right.append(config)
-        else:
-            wrong[config] = error
-    if default not in right:
-        return Outcome(None, float("nan"), float("nan"), wrong, skipped)
-
-    def measure(configs: list[LaunchConfig]) -> dict[LaunchConfig, float]:
-        seconds = timer({config: functools.partial(layer.launch, config) for config in configs})
-        return {config: seconds[config] * 1e6 for config in configs}
-
-    best = finalists(measure(right), default)
-    rounds = [measure(best) for _ in range(ROUNDS)] if len(best) > 1 else [measure(best)]
-    chosen = winner(rounds, default)
-    shown = default if chosen is None else chosen
-    # of the round in which the config gained least
-    least = max(rounds, key=lambda times: times[shown] / times[default])
-    return Outcome(chosen, least[shown], least[default], wrong, skipped)
-
-
-def tune(
-    jobs: list[Job],
-    device: torch.device,
-    timer: Timer,
-    file: ConfigFile,
-    write: bool,
-    budget: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
-    """Tune the buckets that the file does not know yet, until `budget` minutes are over. Returns
-    how many candidates were wrong.
+def tune(jobs: list[Job], device: torch.device, file: ConfigFile, budget: float = math.inf) -> int:
+    """Tune the buckets that the file does not know yet, until `budget` minutes are over, and write
+    it after each. Returns how many candidates were wrong.
     """
-    start = clock()
+    end = time.monotonic() + budget * 60
     wrong = 0
     progress = tqdm([job for job in jobs if not file.knows(job)], unit="bucket", dynamic_ncols=True)
     for job in progress:
-        if budget is not None and clock() - start >= budget * 60:
-            progress.write(f"{budget:g} minutes are over; go on with --write --resume")
+        if time.monotonic() >= end:
+            progress.write(f"{budget:g} minutes are over; go on with --resume")
             break
-        progress.set_description(f"{job.kernel} {job.case.shape_name} {job.case.dtype}")
-        outcome = tune_job(job, device, timer)
-        wrong += len(outcome.wrong)
+        progress.set_description(f"{job.bucket.kernel} {job.case.shape_name} {job.case.dtype}")
+        outcome = try_candidates(job, device)
+        wrong += outcome.wrong
         progress.write(describe(job, outcome))
         if outcome.default_microseconds > 0:  # not NaN: the default is right
-            file.add(job, *outcome[:3])
-            if write:
-                file.write()
+            file.add(job, outcome)
+            file.write()
     return wrong
 
 
 def describe(job: Job, outcome: Outcome) -> str:
-    """A line a bucket, and one for each wrong candidate."""
+    """A line a bucket."""
     result = "the default stays"
     if outcome.config is not None:
         gain = outcome.default_microseconds / outcome.microseconds
         result = f"{outcome.microseconds:.1f} us, {gain:.2f}x: {tuple(outcome.config)}"
-    lines = [
-        f"{job.bucket} ({job.case.layer}): default {outcome.default_microseconds:.1f} us, {result}"
-        f"{f', {len(outcome.skipped)} skipped' if outcome.skipped else ''}"
-    ]
-    lines += [
-        f"  WRONG {tuple(config)}: {error:.3g} times the tolerance"
-        for config, error in outcome.wrong.items()
-    ]
-    return "\n".join(lines)
-
-
-def gpu_timer(device: torch.device) -> Timer:
-    """Median seconds of functions on a device, from runs that take turns with a cold cache."""
-
-    def timer(functions: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-        calls = {name: call_of(work) for name, work in functions.items()}
-        return {
-            name: statistics.median(samples.device)
-            for name, samples in time_calls(calls, device, SAMPLES).items()
-        }
-
-    return timer
-
-
-def architecture(device: torch.device) -> str:
-    """What the kernels are compiled for, such as sm90 or gfx942."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName
-    return f"sm{properties.major}{properties.minor}"
+    default = f"default {outcome.default_microseconds:.1f} us"
+    return f"{job.bucket} ({job.case.layer}): {default}, {result}, {outcome.skipped} skipped"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -147,11 +62,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="write kernels/configs/<GPU>.json")
     parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
-    parser.add_argument(
-        "--budget", type=float, metavar="MINUTES", help="begin no bucket after that"
-    )
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes, for buckets begun")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--suite", nargs="+", choices=suites(), default=suites())
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
@@ -170,21 +82,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         return list_candidates(jobs)
     device = torch.device("cuda", torch.cuda.current_device())
-    file = ConfigFile(tuned_configs.device_name(device), architecture(device))
+    target = triton.runtime.driver.active.get_current_target()
+    file = ConfigFile(tuned_configs.device_name(device), f"{target.backend}:{target.arch}")
     if options.resume:
         file.resume()
-    wrong = tune(jobs, device, gpu_timer(device), file, options.write, options.budget)
+    wrong = tune(jobs, device, file, options.budget)
     return int(wrong > 0)
 
 
 def list_candidates(jobs: list[Job]) -> int:
     """Print the buckets, the layers they are tuned on and how many configs would be tried."""
     gpu = torch.cuda.is_available()
-    size = (
-        multiprocessors(torch.device("cuda", torch.cuda.current_device()))
-        if gpu
-        else MULTIPROCESSORS_OF_DRY_RUN
-    )
+    size = multiprocessors(torch.device("cuda")) if gpu else MULTIPROCESSORS_OF_DRY_RUN
     total = 0
     for job in jobs:
         configs = candidates(job, size)

@@ -24,6 +24,13 @@ if INTERPRETED:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-steps", type=int, default=12, help="steps of tests/layer/test_soak.py")
+    parser.addoption("--drawn", type=int, default=12, help="cases of tests/layer/test_accuracy.py")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Draw so many examples."""
+    if "drawn" in metafunc.fixturenames:
+        metafunc.parametrize("drawn", range(metafunc.config.getoption("--drawn")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

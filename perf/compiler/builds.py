@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -41,25 +41,17 @@ BLOCKS = [
     *(Flags(activation=activation) for activation in ACTIVATIONS),
     *(Flags(activation=activation, residual=True) for activation in (None, *ACTIVATIONS)),
 ]
+# Gates of a byte, where those of bfloat16 are of a bit; and none.
 BLOCKS_OF_OTHER_DTYPES = [Flags(activation=name, residual=True) for name in ("relu", "silu")]
 # One map of each kind: rows of whole vectors, odd rows, rows that share a block, channels alone,
 # a single program, and one whose offsets do not fit 32 bits.
+WHOLE_ROWS, ODD_ROWS, SHORT_ROWS = (32, 64, 112, 112), (2, 512, 97, 97), (32, 2048, 7, 7)
 KINDS = [
-    (32, 64, 112, 112),
-    (2, 512, 97, 97),
-    (32, 2048, 7, 7),
-    (256, 2048),
-    (1, 8, 2, 2),
-    (5, 37, 3, 61),
+    *(WHOLE_ROWS, ODD_ROWS, SHORT_ROWS, (256, 2048), (1, 8, 2, 2), (5, 37, 3, 61)),
     (8, 64, 2048, 2112),
 ]
 
-
-class Launch(NamedTuple):
-    """A layer that is compiled."""
-
-    case: Case
-    flags: Flags = Flags()
+Launch = tuple[Case, Flags]
 
 
 class Build(NamedTuple):
@@ -74,45 +66,24 @@ class Build(NamedTuple):
     widths: dict[str, list[int]]  # bits of the loads and stores of each map; empty where unknown
 
 
-def launches_of_kinds(dtype: str, kinds: list[tuple[int, ...]] = KINDS) -> list[Launch]:
-    """Every kind of map in both layouts."""
+def launches(
+    dtype: str, shapes: Sequence[tuple[int, ...]] = KINDS, flags: Sequence[Flags] = FLAGS[:1]
+) -> list[Launch]:
+    """Every map in both layouts and with all flags."""
     return [
-        Launch(Case("kinds", "", shape, dtype, layout))
-        for shape, layout in itertools.product(kinds, LAYOUTS)
-    ]
-
-
-def few_launches() -> list[Launch]:
-    """What stands for all in the tests."""
-    blocks = [Flags(activation="relu", residual=True), Flags(activation="silu")]
-    return [
-        *launches_of_kinds("bf16", KINDS[:4]),
-        *launches_of_kinds("fp32", KINDS[1:2]),
-        *(
-            launch._replace(flags=flags)
-            for launch, flags in itertools.product(launches_of_kinds("bf16", KINDS[:3:2]), blocks)
-        ),
+        (Case("kinds", "", shape, dtype, layout), given)
+        for shape, layout, given in itertools.product(shapes, LAYOUTS, flags)
     ]
 
 
 def all_launches(dtype: str) -> list[Launch]:
     """The layers of shapes.csv; every kind of map; some with all flags, and in every block."""
+    blocks = BLOCKS if dtype == "bf16" else BLOCKS_OF_OTHER_DTYPES
     return [
-        *map(Launch, read_cases(suites(), [dtype], list(LAYOUTS))),
-        *launches_of_kinds(dtype),
-        *(
-            launch._replace(flags=flags)
-            for launch, flags in itertools.product(launches_of_kinds(dtype, KINDS[:2]), FLAGS)
-        ),
-        *(
-            launch._replace(flags=flags)
-            for launch, flags in itertools.product(
-                launches_of_kinds(dtype, KINDS[:3:2]),
-                BLOCKS
-                if dtype == "bf16"
-                else BLOCKS_OF_OTHER_DTYPES,  # gates of a bit, or of a byte
-            )
-        ),
+        *((case, Flags()) for case in read_cases(suites(), [dtype], list(LAYOUTS))),
+        *launches(dtype),
+        *launches(dtype, [WHOLE_ROWS, ODD_ROWS], FLAGS),
+        *launches(dtype, [WHOLE_ROWS, SHORT_ROWS], blocks),
     ]
 
 
@@ -120,36 +91,32 @@ def build_all(name: str, launches: list[Launch]) -> list[Build]:
     """Compile the kernels of launches for an architecture; each different one is in the answer
     once.
     """
-    architecture = ARCHITECTURES[name]
+    target, multiprocessors, _ = ARCHITECTURES[name]
     builds: dict[str, Build] = {}
-    for case, flags in launches:
+    for (case, flags), kernel_name in itertools.product(launches, MAPS):
         input = case.without_memory()
         shape = geometry(input)
+        config = default_config(kernel_name, shape, multiprocessors)
+        if flags.residual and kernel_name != "moments":
+            config = fit_splits(kernel_name, shape, half_tile(shape, config))
         operands = operands_without_memory(input, flags)
-        for kernel_name, maps in MAPS.items():
-            config = default_config(kernel_name, shape, architecture.multiprocessors)
-            if flags.residual and kernel_name != "moments":
-                config = fit_splits(kernel_name, shape, half_tile(shape, config))
-            kernel = compile_kernel(kernel_name, operands, config, architecture.target)
-            if kernel.hash in builds:
-                continue
-            widths = {}
-            if "ptx" in kernel.asm:
-                kinds = kernel.src.signature.items()
-                parameters = [parameter for parameter, kind in kinds if kind != "constexpr"]
-                bits = access_widths(kernel.asm["ptx"], parameters)
-                beside = [name for name in ("residual", "grad_residual") if bits.get(name)]
-                widths = {tensor: sorted(bits[tensor]) for tensor in (*maps, *beside)}
-            threads = config.num_warps * architecture.target.warp_size
-            builds[kernel.hash] = Build(
-                kernel_name,
-                name,
-                case,
-                shape.vector,
-                config.block_rows * config.block_columns // threads,
-                resources_of(kernel),
-                widths,
+        kernel = compile_kernel(kernel_name, operands, config, target)
+        if kernel.hash in builds:
+            continue
+        widths = {}
+        if "ptx" in kernel.asm:
+            kinds = kernel.src.signature.items()
+            bits = access_widths(
+                kernel.asm["ptx"], [parameter for parameter, kind in kinds if kind != "constexpr"]
             )
+            beside = [name for name in ("residual", "grad_residual") if bits.get(name)]
+            widths = {tensor: sorted(bits[tensor]) for tensor in (*MAPS[kernel_name], *beside)}
+        threads = config.num_warps * target.warp_size
+        of_thread = config.block_rows * config.block_columns // threads
+        resources = resources_of(kernel)
+        builds[kernel.hash] = Build(
+            kernel_name, name, case, shape.vector, of_thread, resources, widths
+        )
     return list(builds.values())
 
 

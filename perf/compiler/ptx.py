@@ -12,7 +12,9 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, set[int]]:
     An address is computed from one pointer and from numbers, so the parameters that flow into it
     tell which: registers are followed from the parameters on, through all but loads.
     """
-    flows: dict[str, set[str]] = {}  # what each register is computed from
+    declared = re.findall(r"\.param \.u64 \.ptr \.global \.align \d+ \w+_param_(\d+)", ptx)
+    pointers = {number: name for number, name in enumerate(parameters) if str(number) in declared}
+    flows: dict[str, set[str]] = {}  # the pointers that each register is computed from
     copies, accesses = [], []
     for operation, operands in _INSTRUCTION.findall(ptx):
         if access := _ACCESS.match(operation):
@@ -20,7 +22,7 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, set[int]]:
             accesses.append((address, int(access[1] or 1) * int(access[2])))
         elif operation.startswith("ld.param"):
             ((target, number),) = re.findall(r"(%\w+), \[\w+_param_(\d+)", operands)
-            flows[target] = {parameters[int(number)]} if int(number) < len(parameters) else set()
+            flows[target] = {pointers[int(number)]} if int(number) in pointers else set()
         elif not operation.startswith(("ld.", "st.", "bra", "bar", "atom", "red")):
             target, *sources = re.findall(r"%\w+", operands) or [""]
             copies.append((target, sources))
@@ -32,14 +34,8 @@ def access_widths(ptx: str, parameters: list[str]) -> dict[str, set[int]]:
             before = len(origins)
             origins.update(*(flows.get(source, ()) for source in sources))
             moved |= len(origins) > before
-    pointers = set(re.findall(r"\.param \.u64 \.ptr \.global \.align \d+ \w+_param_(\d+)", ptx))
     widths: dict[str, set[int]] = {name: set() for name in parameters}
     for address, bits in accesses:
-        found = [
-            name
-            for number, name in enumerate(parameters)
-            if str(number) in pointers and name in flows.get(address, ())
-        ]
-        assert len(found) == 1, f"an address that comes from {found}"
-        widths[found[0]].add(bits)
+        (name,) = flows[address]
+        widths[name].add(bits)
     return widths

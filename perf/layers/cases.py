@@ -1,4 +1,6 @@
-"""The layers that are compared: shapes of real networks, from shapes.csv."""
+"""The layers that are compared: shapes of real networks, from shapes.csv, and the block that each
+is in.
+"""
 
 import csv
 import math
@@ -8,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layers.blocks import BLOCKS
-
 SHAPES = pathlib.Path(__file__).parents[1] / "shapes.csv"
 DTYPES = {
     "fp32": torch.float32,
@@ -18,9 +18,18 @@ DTYPES = {
     "fp64": torch.float64,
 }
 LAYOUTS = ("channels_first", "channels_last")
-# For a CPU, where the largest layers would take most of the time and say no more than small ones.
-CPU_FACTOR = 4
-MOST_VALUES = 1 << 18
+
+
+# What a pass of a block cannot do without: so many times the bytes of its input, and so many gates
+# of one bit an element. Forward reads x for the statistics, reads it again and writes y; backward
+# reads x and dy twice and writes dx. A residual is read once, and its gradient is written once; the
+# gates of ReLU tell its derivative there.
+BLOCKS = {
+    "none": {"forward": (3, 0), "backward": (5, 0), "both": (8, 0)},
+    "relu": {"forward": (3, 0), "backward": (5, 0), "both": (8, 0)},
+    "add_relu": {"forward": (4, 1), "backward": (6, 2), "both": (10, 3)},
+}
+PASSES = ("forward", "backward", "both")
 
 
 class Case(NamedTuple):
@@ -40,8 +49,8 @@ class Case(NamedTuple):
 
     def bytes_of_pass(self, pass_name: str) -> float:
         """Bytes that a pass cannot do without."""
-        item_size = DTYPES[self.dtype].itemsize
-        return self.bytes * BLOCKS[self.block].of_pass(pass_name, item_size)
+        maps, gates = BLOCKS[self.block][pass_name]
+        return maps * self.bytes + gates / 8 * math.prod(self.shape)
 
     @property
     def shape_name(self) -> str:
@@ -50,9 +59,8 @@ class Case(NamedTuple):
 
     def without_memory(self) -> Tensor:
         """The input as a tensor on the meta device."""
-        return laid_out(
-            torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta"), self.layout
-        )
+        input = torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta")
+        return laid_out(input, self.layout)
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -62,46 +70,37 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous()
 
 
+def _rows() -> list[dict[str, str]]:
+    with SHAPES.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def suites() -> list[str]:
     """Names of the groups of layers in shapes.csv."""
-    with SHAPES.open(newline="") as file:
-        return list(dict.fromkeys(row["suite"] for row in csv.DictReader(file)))
-
-
-def scaled_down(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape with its spatial sizes divided by CPU_FACTOR and its samples by twice that, none
-    below 1; then the largest is halved until no more than MOST_VALUES are left.
-
-    The channels stay. Two samples are left where there is nothing else to take statistics over.
-    """
-    samples, channels, *spatial = shape
-    sizes = [samples // (2 * CPU_FACTOR), *(math.ceil(size / CPU_FACTOR) for size in spatial)]
-    sizes[0] = max(2 if math.prod(sizes[1:]) == 1 else 1, sizes[0])
-    while channels * math.prod(sizes) > MOST_VALUES:
-        largest = sizes.index(max(sizes))
-        sizes[largest] = math.ceil(sizes[largest] / 2)
-    return (sizes[0], channels, *sizes[1:])
+    return list(dict.fromkeys(row["suite"] for row in _rows()))
 
 
 def read_cases(
     chosen: list[str],
     dtypes: list[str],
     layouts: list[str],
-    for_cpu: bool = False,
+    on_cpu: bool = False,
     block: str = "none",
 ) -> list[Case]:
-    """The layers of the chosen suites in every dtype and layout, scaled down for a CPU.
+    """The layers of the chosen suites in every dtype and layout; for a CPU those of them that say
+    something of their own there, with less in a batch.
 
     A layer without spatial dimensions has one layout and is listed under the first.
     """
-    with SHAPES.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["suite"] in chosen]
     cases = []
-    for row in rows:
-        shape = tuple(int(size) for size in row["shape"].split("x"))
-        if for_cpu:
-            shape = scaled_down(shape)
-        for dtype in dtypes:
-            for layout in layouts if len(shape) > 2 else layouts[:1]:
-                cases.append(Case(row["suite"], row["name"], shape, dtype, layout, block))
+    for row in _rows():
+        sizes = row["on_cpu" if on_cpu else "shape"]
+        if row["suite"] not in chosen or not sizes:
+            continue
+        shape = tuple(map(int, sizes.split("x")))
+        cases += [
+            Case(row["suite"], row["name"], shape, dtype, layout, block)
+            for dtype in dtypes
+            for layout in (layouts if len(shape) > 2 else layouts[:1])
+        ]
     return cases

@@ -27,18 +27,17 @@ class _AllReduce(torch.autograd.Function):
 class HandwrittenSyncBN(_BatchNorm):
     """The layer; it runs in training on all ranks, with as many values on each."""
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions will do."""
-
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, *spatial) in float32 with the statistics of all ranks."""
-        value = input.float()
+        """Normalize (N, C, *spatial) with the statistics of all ranks, in float32 or wider."""
+        value = input.to(torch.promote_types(input.dtype, torch.float32))
         others = [0, *range(2, input.dim())]
         means = torch.cat([value.mean(others), (value * value).mean(others)])
         mean, mean_of_squares = (_AllReduce.apply(means) / dist.get_world_size()).chunk(2)
         variance = mean_of_squares - mean * mean
         with torch.no_grad():
-            for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
+            count = dist.get_world_size() * input.numel() / input.shape[1]
+            unbiased = variance * (count / (count - 1))
+            for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
                 running += self.momentum * (batch - running)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale

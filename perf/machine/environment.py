@@ -1,5 +1,6 @@
 """Where a row was measured: machine, versions, commit."""
 
+import contextlib
 import datetime
 import pathlib
 import subprocess
@@ -13,34 +14,30 @@ VERSIONS = ("driver", "torch", "triton", "cuda", "nccl", "config")
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What every row says of the machine and its software; None where there is nothing to say."""
-    gpu = device.type == "cuda"
-    try:
-        from triton import __version__ as triton_version
-    except ModuleNotFoundError:
-        triton_version = None
-    return {
+    setting: dict[str, Any] = {
         "timestamp_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "dirty": has_changes(),
-        "gpu": torch.cuda.get_device_name(device) if gpu else None,
-        "gpu_count": torch.cuda.device_count() if gpu else 0,
-        "driver": _driver() if gpu else None,
         "torch": torch.__version__,
-        "triton": triton_version,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
         "world_size": world_size,
-        "config": config_in_use(device),
+        **dict.fromkeys(["gpu", "driver", "triton", "nccl", "config"]),
     }
+    with contextlib.suppress(ModuleNotFoundError):
+        import triton
 
+        setting["triton"] = triton.__version__
+    if device.type == "cuda":
+        from triton_syncbn.kernels import tuned_configs
 
-def config_in_use(device: torch.device) -> str | None:
-    """Where the launch configs of the kernels come from; None where no kernel runs."""
-    if device.type != "cuda":
-        return None
-    from triton_syncbn.kernels import tuned_configs
-
-    return tuned_configs.config_source(device)
+        driver = ("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
+        setting |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "driver": answer(*driver),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "config": tuned_configs.config_source(device),
+        }
+    return setting
 
 
 def commit() -> str | None:
@@ -60,9 +57,3 @@ def answer(*command: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _driver() -> str | None:
-    """The version of the driver, as nvidia-smi says it."""
-    versions = answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return versions.splitlines()[0] if versions else None

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,17 +53,15 @@ def run_on_ranks(work: Callable[..., Result], *arguments: object) -> Result:
         return _run(int(os.environ["RANK"]), world_size, "env://", work, arguments)
     with tempfile.TemporaryDirectory() as folder:
         same = world_size, f"file://{folder}/store", work, arguments
-        context = multiprocessing.get_context("spawn")
-        others = [
-            context.Process(target=_run, args=(rank, *same), daemon=True)
-            for rank in range(1, world_size)
-        ]
-        for process in others:
-            process.start()
+        others = multiprocessing.spawn(_run_other, same, world_size - 1, join=False)
         result = _run(0, *same)
-        for process in others:
-            process.join()
+        while not others.join():
+            pass
         return result
+
+
+def _run_other(index: int, *same: Any) -> None:
+    _run(index + 1, *same)
 
 
 def _run(

@@ -1,21 +1,15 @@
 """What a pass asks of the device, counted by torch's profiler: launches, waits of the host,
-collectives.
-
-On a CPU nothing is launched and nothing waits: `launches` counts the operators that compute. An
-operator of triton_syncbn is one, whatever it does inside, as its kernel is one launch on a GPU; so
-is every operator of torch that computes by itself. Views and allocations are none.
+collectives. On a CPU nothing is launched and nothing waits.
 """
 
 import os
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from measuring.times import Call
-
-Name = TypeVar("Name", bound=Hashable)
+from measuring.times import Call, Name
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes into the progress bar
 
@@ -29,17 +23,13 @@ HOST_SYNCS = {
     for runtime in ("cuda", "hip")
     for call in ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "Memcpy")
 }
-COLLECTIVE = "c10d::"
-OURS = "triton_syncbn::"
-ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::resize_", "aten::set_")
-READS = ("aten::item", "aten::_local_scalar_dense")  # a number for the host
 
 
 class Counts(NamedTuple):
     """Of one pass."""
 
-    launches: int | None  # None where the profiler does not see the driver
-    host_syncs: int | None  # None there, and on a CPU
+    launches: int | None  # None on a CPU, and where the profiler does not see the driver
+    host_syncs: int | None
     collectives: int
 
 
@@ -50,29 +40,25 @@ def count_calls(calls: Mapping[Name, Call], device: torch.device) -> dict[Name, 
     labels = {name: f"counted call {index}" for index, name in enumerate(calls)}
     with profile(activities=activities) as profiler:
         for name, call in calls.items():
-            prepared = call.prepare()
             if gpu:
                 torch.cuda.synchronize(device)
             with record_function(labels[name]):
-                call.work(prepared)
-            del prepared
+                call()
         if gpu:
             torch.cuda.synchronize(device)
     events = list(profiler.events() or [])
-    return {name: counts_within(events, label, operators=not gpu) for name, label in labels.items()}
+    return {name: counts_within(events, label) for name, label in labels.items()}
 
 
-def counts_within(events: Iterable[Any], label: str, *, operators: bool) -> Counts:
+def counts_within(events: Iterable[Any], label: str) -> Counts:
     """Counts of what the host did while the event of that label lasted, on any of its threads."""
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     (top,) = (event for event in events if event.name == label)
     within = [event for event in events if _inside(event, top)]
-    collectives = [event for event in within if event.name.startswith(COLLECTIVE)]
+    collectives = [event for event in within if event.name.startswith("c10d::")]
     # What a collective calls and what NCCL launches is its own.
     outside = [event for event in within if not any(_inside(event, other) for other in collectives)]
-    counted = sum(event.name.startswith(COLLECTIVE) for event in outside)
-    if operators:
-        return Counts(_operators(top), None, counted)
+    counted = sum(event in outside for event in collectives)
     if not any(event.name in HOST_SYNCS for event in events):  # not even those of count_calls
         return Counts(None, None, counted)
     launches = sum(event.name.startswith(LAUNCHES) for event in outside)
@@ -83,24 +69,3 @@ def _inside(event: Any, other: Any) -> bool:
     """Whether an event lasted while another one did."""
     span, whole = event.time_range, other.time_range
     return event is not other and whole.start <= span.start and span.end <= whole.end
-
-
-def _operators(event: Any) -> int:
-    """How many operators compute in an event and what it calls."""
-    if event.name.startswith(OURS):
-        return 1
-    if event.name.startswith(COLLECTIVE):
-        return 0
-    called = sum(map(_operators, event.cpu_children))
-    return called or int(_computes(event.name))
-
-
-def _computes(name: str) -> bool:
-    """Whether an operator of torch that calls no other one that computes does so itself."""
-    namespace, _, operator = name.partition("::")
-    if namespace != "aten" or name.startswith(ALLOCATIONS) or name in READS:
-        return False
-    packet = getattr(torch.ops.aten, operator, None)
-    if packet is None:
-        return False
-    return not any(getattr(packet, overload).is_view for overload in packet.overloads())

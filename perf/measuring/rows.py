@@ -1,164 +1,141 @@
-"""The rows of layers: first whether an implementation is right, then what it asks of the device,
-then how long it takes.
+"""The rows of a comparison: first whether an implementation is right, then what it asks of the
+device, then how long it takes.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from layers.blocks import in_block
-from layers.cases import Case
-from layers.correctness import Exercise
-from layers.implementations import Implementation, implementations, synchronized_even_alone
+from layers.cases import PASSES, Case
+from layers.exercise import Exercise
+from layers.implementations import IMPLEMENTATIONS, synchronized_even_alone
 from machine.ranks import Place
+from models.networks import NETWORKS
+from models.training import Network
 from tqdm import tqdm
 
 from measuring.counts import count_calls
-from measuring.memory import copy_bytes_per_second, peak_megabytes
-from measuring.passes import PASSES, calls_of_passes
 from measuring.times import WARMUP, Call, in_cuda_graph, percentiles, time_calls
+
+COPIED_BYTES = 1 << 29  # larger than any cache, small enough to copy many times
 
 Key = tuple[str, str]  # implementation, pass
 
 
 class Plan(NamedTuple):
-    """How layers are measured."""
+    """How cases are measured."""
 
+    implementations: Sequence[str]
     samples: int  # of each implementation and pass
-    implementations: Sequence[str] | None = None  # None: those that a device has
-    passes: Sequence[str] = PASSES
-    warm_cache: bool = False
     cuda_graph: bool = False
 
-    def timer(self, device: torch.device) -> str:
-        """How device times are taken, as rows say it."""
-        if device.type != "cuda":
-            return "host clock"
-        what = "CUDA graph" if self.cuda_graph else "device events"
-        return f"{what}, {'warm cache' if self.warm_cache else 'cold L2'}"
 
-
-class Measured(NamedTuple):
-    """What came of it."""
-
-    rows: list[dict[str, Any]]
-    copy_roof: float  # bytes per second
-    failures: dict[str, str]  # of what cannot run here: the first reason
-
-
-def measure_layers(place: Place, cases: list[Case], plan: Plan) -> Measured:
-    """Measure the layers on this rank; all ranks of the default process group make the call, and
+def measure(place: Place, cases: list[Case], plan: Plan) -> list[dict[str, Any]]:
+    """Measure the cases on this rank; all ranks of the default process group make the call, and
     all get the same rows.
     """
-    measurement = Measurement(place, plan)
-    rows = []
-    with synchronized_even_alone():
-        for case in tqdm(cases, unit="layer", disable=place.rank != 0, dynamic_ncols=True):
-            rows += measurement.rows_of(case)
-    return Measured(rows, measurement.copy_roof, measurement.failures)
+    measured: list[dict[str, Any]] = []
+    roof = copy_bytes_per_second(place.device, plan.samples) if on_gpu(place) else None
+    # backward runs on the stream of its forward, and the default one cannot be captured
+    stream = torch.cuda.Stream(place.device) if on_gpu(place) else None
+    with torch.cuda.stream(stream), synchronized_even_alone():
+        for case in tqdm(cases, unit="case", disable=place.rank != 0, dynamic_ncols=True):
+            rows, calls = check(place, case, plan)
+            for key, figures in figures_of(place, calls, plan).items():
+                rows[key] |= figures
+                if roof and key[1] in PASSES:
+                    bytes_per_second = case.bytes_of_pass(key[1]) / (figures["us_p50"] * 1e-6)
+                    rows[key]["copy_fraction"] = bytes_per_second / roof
+            measured += [{**row, "copy_bytes_per_s": roof} for row in rows.values()]
+    return measured
 
 
-class Measurement:
-    """What is the same for all layers."""
+def on_gpu(place: Place) -> bool:
+    """Whether ranks are GPUs."""
+    return place.device.type == "cuda"
 
-    def __init__(self, place: Place, plan: Plan) -> None:
-        self.place = place
-        self.device = place.device
-        self.plan = plan
-        self.copy_roof = copy_bytes_per_second(place.device, plan.samples)
-        self.failures: dict[str, str] = {}
 
-    def rows_of(self, case: Case) -> list[dict[str, Any]]:
-        """A row for each implementation and pass; what is wrong has no time."""
-        rows, calls = self._checked(case)
-        for key, figures in self._figures(case, calls).items():
-            rows[key] |= figures
-        return list(rows.values())
-
-    def _checked(self, case: Case) -> tuple[dict[Key, dict[str, Any]], dict[Key, Call]]:
-        """The rows without figures, and the calls of what is right."""
-        calls: dict[Key, Call] = {}
-        rows: dict[Key, dict[str, Any]] = {}
-        exercise = Exercise(case, self.place)
-        for name, found in implementations(self.device, self.plan.implementations).items():
-            try:
-                layer, error = self._made_and_checked(found, exercise)
-            except Exception as failure:  # the compiler's or another package's
-                if not found.may_fail:
-                    raise
-                self.failures.setdefault(name, f"{case.layer}: {_first_line(failure)}")
-                continue
-            passes = calls_of_passes(
-                layer,
-                exercise.input,
-                exercise.grad_output,
-                *exercise.residual,
-                in_place=found.in_place,
-            )
-            for pass_name in self.plan.passes:
-                rows[name, pass_name] = {
-                    **{"impl": name, "pass": pass_name, "suite": case.suite, "layer": case.layer},
-                    **{"shape": case.shape_name, "dtype": case.dtype, "layout": case.layout},
-                    "block": case.block,
-                    **{"timer": self.plan.timer(self.device), "error_over_tolerance": error},
-                }
-                if error <= 1.0:
-                    calls[name, pass_name] = passes[pass_name]
-        return rows, calls
-
-    def _made_and_checked(
-        self, found: Implementation, exercise: Exercise
-    ) -> tuple[torch.nn.Module, float]:
-        """A layer, and the largest error of all ranks."""
-        layer = found.make(exercise.case.shape[1]).to(self.device)
-        layer = in_block(layer, exercise.case.block)
-        error = exercise.error_of(layer, synchronized=found.synchronized, in_place=found.in_place)
-        errors: list[Any] = [None] * self.place.world_size
+def check(
+    place: Place, case: Case, plan: Plan
+) -> tuple[dict[Key, dict[str, Any]], dict[Key, Call]]:
+    """The rows of a case without figures, and the calls of what is right."""
+    contest: Network | Exercise = (Network if case.suite in NETWORKS else Exercise)(case, place)
+    rows: dict[Key, dict[str, Any]] = {}
+    calls: dict[Key, Call] = {}
+    timer = "host clock"
+    if on_gpu(place):
+        timer = f"{'CUDA graph' if plan.cuda_graph else 'device events'}, cold L2"
+    for name in plan.implementations:
+        found = IMPLEMENTATIONS[name]
+        try:
+            error, passes = contest.enter(found)
+        except Exception as failure:  # the compiler's
+            if not found.compiled:
+                raise
+            warn_once(f"{name} is left out: {failure}")
+            continue
+        errors: list[Any] = [None] * place.world_size
         dist.all_gather_object(errors, error)
-        return layer, max(errors)
-
-    def _figures(self, case: Case, calls: dict[Key, Call]) -> dict[Key, dict[str, Any]]:
-        for _ in range(WARMUP if self.device.type == "cuda" else 1):  # a CPU has no clock to raise
-            for call in calls.values():
-                call.work(call.prepare())
-        counts = count_calls(calls, self.device)
-        peaks = {key: peak_megabytes(call, self.device) for key, call in calls.items()}
-        timed = time_calls(
-            self._as_timed(calls),
-            self.device,
-            self.plan.samples,
-            warmup=1,  # of a graph; the calls themselves are warm
-            warm_cache=self.plan.warm_cache,
-        )
-        figures = {}
-        for key, seconds in timed.items():
-            p20, p50, p80 = percentiles(seconds.device)
-            bytes_per_second = case.bytes_of_pass(key[1]) / (p50 * 1e-6)
-            figures[key] = {
-                **{"samples": self.plan.samples, "us_p20": p20, "us_p50": p50, "us_p80": p80},
-                "host_us": percentiles(seconds.host)[1],
-                "gbytes_per_s": bytes_per_second * 1e-9,
-                "copy_fraction": bytes_per_second / self.copy_roof,
-                "peak_mb": peaks[key],
-                **counts[key]._asdict(),
+        error = None if error is None else max(errors)
+        for pass_name, call in passes.items():
+            rows[name, pass_name] = {
+                **{**case._asdict(), "shape": case.shape_name, "impl": name, "pass": pass_name},
+                **{"timer": timer, "error_over_tolerance": error},
             }
-        return figures
-
-    def _as_timed(self, calls: dict[Key, Call]) -> dict[Key, Call]:
-        """The calls themselves, or graphs of those that can be captured."""
-        if not self.plan.cuda_graph:
-            return calls
-        graphs = {}
-        for key, call in calls.items():
-            try:
-                graphs[key] = in_cuda_graph(call, self.device)
-            except RuntimeError as failure:
-                self.failures.setdefault(
-                    key[0], f"cannot be captured in a CUDA graph: {_first_line(failure)}"
-                )
-        return graphs
+            if error is None or error <= 1.0:
+                calls[name, pass_name] = call
+    return rows, calls
 
 
-def _first_line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {str(failure).strip()}".splitlines()[0]
+def warn_once(message: str) -> None:
+    """Say on the first line why something is left out: Python shows the same warning once."""
+    warnings.warn(message.strip().splitlines()[0], stacklevel=2)
+
+
+def figures_of(place: Place, calls: dict[Key, Call], plan: Plan) -> dict[Key, dict[str, Any]]:
+    """What is counted and timed of calls."""
+    device = place.device
+    for _ in range(WARMUP if on_gpu(place) else 1):  # a CPU has no clock to raise
+        for call in calls.values():
+            call()
+    counts = count_calls(calls, device)
+    peaks = {key: peak_megabytes(call, device) for key, call in calls.items() if on_gpu(place)}
+    timed = dict(calls)
+    for key, call in calls.items() if plan.cuda_graph else ():
+        try:
+            timed[key] = in_cuda_graph(call, device)
+        except RuntimeError as failure:
+            del timed[key]
+            warn_once(f"{key[0]} is left out, as it cannot be captured: {failure}")
+    # the calls themselves are warm, their graphs are not
+    times = time_calls(timed, device, plan.samples, warmup=1)
+    figures = {}
+    for key, seconds in times.items():
+        p20, p50, p80 = percentiles(seconds.device)
+        figures[key] = {
+            **{"samples": plan.samples, "us_p20": p20, "us_p50": p50, "us_p80": p80},
+            "host_us": percentiles(seconds.host)[1],
+            "peak_mb": peaks.get(key),
+            **counts[key]._asdict(),
+        }
+    return figures
+
+
+def peak_megabytes(call: Call, device: torch.device) -> float:
+    """Megabytes (10**6 bytes) of a GPU in use at the peak of a call, above what is there before."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) * 1e-6
+
+
+def copy_bytes_per_second(device: torch.device, samples: int) -> float:
+    """What a copy reads and writes in a second, by the median; of the slowest rank, all copying at
+    the same time.
+    """
+    source = torch.zeros(COPIED_BYTES, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copied = time_calls({"copy": lambda: target.copy_(source)}, device, samples)
+    return 2 * COPIED_BYTES / (percentiles(copied["copy"].device)[1] * 1e-6)

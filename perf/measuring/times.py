@@ -19,27 +19,8 @@ WARMUP = 3
 FLUSH_BYTES = 256 << 20  # larger than the cache of any GPU
 
 Name = TypeVar("Name", bound=Hashable)
+Call = Callable[[], Any]
 Clock = Callable[[], float]
-Events = tuple[torch.cuda.Event, torch.cuda.Event]
-
-
-def nothing() -> None:
-    """Prepare nothing."""
-
-
-class Call(NamedTuple):
-    """A call to time, and what has to be done before each of its samples, untimed.
-
-    `work` is given what `prepare` returned.
-    """
-
-    work: Callable[[Any], Any]
-    prepare: Callable[[], Any] = nothing
-
-
-def call_of(work: Callable[[], Any], prepare: Callable[[], Any] = nothing) -> Call:
-    """A call of a function that has no use for what is prepared."""
-    return Call(lambda prepared: work(), prepare)
 
 
 class Samples(NamedTuple):
@@ -57,43 +38,35 @@ def time_calls(
     samples: int,
     *,
     warmup: int = WARMUP,
-    warm_cache: bool = False,
     clock: Clock = time.perf_counter,
 ) -> dict[Name, Samples]:
-    """Seconds of `samples` runs of each call; all ranks must time the same calls.
-
-    With `warm_cache` the L2 cache of a GPU is left as the sample before left it.
-    """
+    """Seconds of `samples` runs of each call; all ranks must time the same calls."""
     for _ in range(warmup):
         for call in calls.values():
-            call.work(call.prepare())
-    if device.type != "cuda":
-        host = _host_seconds(calls, device, samples, clock)
-        return _of_slowest_rank({name: Samples(host[name], host[name]) for name in calls})
-    on_device = _device_seconds(calls, device, samples, warm_cache)
+            call()
+    on_device = _device_seconds(calls, device, samples) if device.type == "cuda" else {}
     host = _host_seconds(calls, device, samples, clock)
-    return _of_slowest_rank({name: Samples(on_device[name], host[name]) for name in calls})
+    return _of_slowest_rank(
+        {name: Samples(on_device.get(name, host[name]), host[name]) for name in calls}
+    )
 
 
 def in_cuda_graph(call: Call, device: torch.device) -> Call:
-    """A call that replays what `call` does on the device, from a CUDA graph: time it for kernels
-    without the host.
+    """A warm call, that replays what `call` does on the device, from a CUDA graph: time it for
+    kernels without the host. The current stream must not be the default one.
 
-    What `prepare` makes is made once, before the capture. Raises RuntimeError where the call cannot
-    be captured, as one that waits for the device cannot.
+    Raises RuntimeError where the call cannot be captured, as one that waits for the device cannot.
     """
-    stream = torch.cuda.Stream(device)  # the backward of what ran on a stream runs on that stream
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP):
-            call.work(call.prepare())
-        prepared = call.prepare()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = call.work(prepared)
-    alive = prepared, result  # the graph reads and writes their memory
-    return Call(lambda kept: graph.replay(), lambda: alive)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result  # it is written to
+
+    return replay
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -115,38 +88,35 @@ def _host_seconds(
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     several = _several_ranks()
     for name in turns(list(calls), samples):
-        prepared = calls[name].prepare()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if several:
             dist.barrier()
         start = clock()
-        result = calls[name].work(prepared)
+        result = calls[name]()
         seconds[name].append(clock() - start)
-        del result, prepared  # not within a sample
+        del result  # not within a sample
     return seconds
 
 
 def _device_seconds(
-    calls: Mapping[Name, Call], device: torch.device, samples: int, warm_cache: bool
+    calls: Mapping[Name, Call], device: torch.device, samples: int
 ) -> dict[Name, list[float]]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     arrived = torch.zeros(1, device=device)
-    events: dict[Name, list[Events]] = {name: [] for name in calls}
+    events: dict[Name, list[tuple[Any, Any]]] = {name: [] for name in calls}
     several = _several_ranks()
     torch.cuda.synchronize(device)
     for name in turns(list(calls), samples):
-        prepared = calls[name].prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if not warm_cache:
-            flush.zero_()
+        flush.zero_()
         if several:  # devices wait for each other, their hosts do not
             dist.all_reduce(arrived)
         start.record()
-        result = calls[name].work(prepared)
+        result = calls[name]()
         end.record()
         events[name].append((start, end))
-        del result, prepared
+        del result
     torch.cuda.synchronize(device)
     return {
         name: [start.elapsed_time(end) * 1e-3 for start, end in pairs]
@@ -163,10 +133,5 @@ def _of_slowest_rank(mine: dict[Name, Samples]) -> dict[Name, Samples]:
         return mine
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
-    return {
-        name: Samples(
-            np.max([rank[name].device for rank in every], axis=0).tolist(),
-            np.max([rank[name].host for rank in every], axis=0).tolist(),
-        )
-        for name in mine
-    }
+    slowest = {name: np.max([rank[name] for rank in every], axis=0) for name in mine}
+    return {name: Samples(*seconds.tolist()) for name, seconds in slowest.items()}

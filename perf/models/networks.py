@@ -9,24 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CLASSES = {"resnet50": 1000, "deeplab": 21, "unet3d": 3}
-
-
-def make_model(name: str) -> nn.Module:
-    """A model by its name in CLASSES, with fresh weights from torch's generator."""
-    if name not in CLASSES:
-        raise ValueError(f"name: expected one of {', '.join(CLASSES)}; got {name!r}")
-    networks = {"resnet50": ResNet50, "deeplab": DeepLab, "unet3d": UNet3d}
-    return networks[name](CLASSES[name])
-
 
 def _conv_norm(
-    inputs: int,
-    outputs: int,
-    size: int,
-    stride: int = 1,
-    dilation: int = 1,
-    weight: float = 1.0,
+    inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1, weight: float = 1.0
 ) -> nn.Module:
     """A convolution without a bias, which batch norm would take away again, and the norm, whose
     weights start at `weight`.
@@ -34,10 +19,8 @@ def _conv_norm(
     norm = nn.BatchNorm2d(outputs)
     nn.init.constant_(norm.weight, weight)
     padding = dilation * (size // 2)
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False),
-        norm,
-    )
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
+    return nn.Sequential(conv, norm)
 
 
 class Bottleneck(nn.Module):
@@ -87,39 +70,28 @@ def _backbone(output_stride: int) -> nn.Module:
     )
 
 
-class ResNet50(nn.Module):
-    """Image classification (He, Zhang, Ren and Sun 2016), with the stride in the 3x3
-    convolutions.
+class ResNet50(nn.Sequential):
+    """Image classification (He, Zhang, Ren and Sun 2016), with the stride in the 3x3 convolutions:
+    (N, 3, H, W) to logits (N, classes), those of ImageNet.
     """
 
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.backbone = _backbone(output_stride=32)
-        self.classifier = nn.Linear(2048, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to logits (N, classes)."""
-        return self.classifier(self.backbone(images).mean((2, 3)))
+    def __init__(self, classes: int = 1000) -> None:
+        pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(_backbone(output_stride=32), *pool, nn.Linear(2048, classes))
 
 
 class DeepLab(nn.Module):
     """Semantic segmentation: DeepLabv3 (Chen, Papandreou, Schroff and Adam 2017) on ResNet-50 at
-    output stride 8.
+    output stride 8; the classes are those of PASCAL VOC.
     """
 
-    RATES = (12, 24, 36)
-
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int = 21) -> None:
         super().__init__()
         self.backbone = _backbone(output_stride=8)
-        self.pyramid = nn.ModuleList(
-            [
-                _conv_norm(2048, 256, 1),
-                *(_conv_norm(2048, 256, 3, dilation=rate) for rate in self.RATES),
-            ]
-        )
+        dilated = (_conv_norm(2048, 256, 3, dilation=rate) for rate in (12, 24, 36))
+        self.pyramid = nn.ModuleList([_conv_norm(2048, 256, 1), *dilated])
         self.pooled = _conv_norm(2048, 256, 1)
-        self.project = _conv_norm((2 + len(self.RATES)) * 256, 256, 1)
+        self.project = _conv_norm(5 * 256, 256, 1)
         self.refine = _conv_norm(256, 256, 3)
         self.classifier = nn.Conv2d(256, classes, 1)
 
@@ -134,43 +106,4 @@ class DeepLab(nn.Module):
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
 
 
-def _double_conv3d(inputs: int, middle: int, outputs: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    for before, after in ((inputs, middle), (middle, outputs)):
-        layers += [nn.Conv3d(before, after, 3, padding=1), nn.BatchNorm3d(after), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-class UNet3d(nn.Module):
-    """Volumetric segmentation: 3D U-Net (Cicek, Abdulkadir, Lienkamp, Brox and Ronneberger 2016),
-    padded so that the output has the size of the input.
-    """
-
-    WIDTHS = (64, 128, 256, 512)
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        inputs = (3, *self.WIDTHS)
-        self.down = nn.ModuleList(
-            _double_conv3d(before, width // 2, width)
-            for before, width in zip(inputs, self.WIDTHS, strict=False)
-        )
-        wide_to_narrow = list(zip(self.WIDTHS[:0:-1], self.WIDTHS[-2::-1], strict=True))
-        self.widen = nn.ModuleList(
-            nn.ConvTranspose3d(wide, wide, 2, stride=2, bias=False) for wide, _ in wide_to_narrow
-        )
-        self.up = nn.ModuleList(
-            _double_conv3d(wide + narrow, narrow, narrow) for wide, narrow in wide_to_narrow
-        )
-        self.classifier = nn.Conv3d(self.WIDTHS[0], classes, 1)
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """(N, 3, D, H, W), sizes multiples of 8, to logits (N, classes, D, H, W)."""
-        kept = []
-        hidden = self.down[0](volumes)
-        for level in self.down[1:]:
-            kept.append(hidden)
-            hidden = level(F.max_pool3d(hidden, 2))
-        for widen, level in zip(self.widen, self.up, strict=True):
-            hidden = level(torch.cat([widen(hidden), kept.pop()], dim=1))
-        return self.classifier(hidden)
+NETWORKS = {"resnet50": ResNet50, "deeplab": DeepLab}

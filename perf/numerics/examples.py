@@ -1,10 +1,9 @@
-"""Data to train on: a whole batch and how it is split over ranks; normal, hard, or drawn."""
+"""Data to train on: a whole batch and how it is split over ranks; normal or hard."""
 
-import random
 from typing import Any, NamedTuple
 
 import torch
-from layers.cases import LAYOUTS, laid_out
+from layers.cases import laid_out
 from torch import Tensor
 
 
@@ -55,47 +54,6 @@ def make_example(
     if not affine:
         return Example(*maps, None, None, sizes, **options)
     return Example(*maps, weight, bias, sizes, **options)
-
-
-def drawn_example(seed: int, most_ranks: int = 5, most_elements: int = 4000) -> Example:
-    """Any example: small enough for the interpreter, at every edge of shapes and data."""
-    draw = random.Random(seed)
-    spatial = draw.choice([(7, 7), (), (1, 1), (5,), (1,), (3, 5), (2, 3, 5)])
-    channels = draw.choice([1, 2, 3, 5, 31, 257])
-    positions = torch.Size(spatial).numel()
-    room = max(most_elements // (channels * positions), 2)
-    sizes = [draw.randint(0, 9) for _ in range(draw.randint(1, most_ranks))]
-    while sum(sizes) > room:
-        sizes = [size // 2 for size in sizes]
-    if most_ranks == 1 and sizes[0] * positions == 1:
-        sizes = [2]  # a process that is alone must have more than one value per channel
-    data: dict[str, Any] = draw.choice(
-        [
-            {},
-            {"mean": 1e2},
-            {"mean": 1e4},
-            {"mean": -1e6},
-            {"mean": 1e3, "std": 1e-6},
-            {"std": 1e-6},
-            {"std": 1e4},
-            {"std": 0.0},
-            {"apart": 1e3},
-            {"outlier": True},
-        ]
-    )
-    return make_example(
-        tuple(sizes),
-        channels,
-        spatial,
-        draw.choice([torch.float32, torch.bfloat16, torch.float16]),
-        grad_mean=draw.choice([0.0, 1e3]),
-        affine=draw.choice([True, False]),
-        seed=seed,
-        eps=draw.choice([1e-5, 1e-12, 1e-8, 1e-3, 1e-1]),
-        # apart in memory, each channel is a program of the interpreter
-        layout=LAYOUTS[channels > 31 or draw.choice([True, False])],
-        **data,
-    )
 
 
 HARD_EXAMPLES: dict[str, dict[str, Any]] = {

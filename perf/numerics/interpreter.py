@@ -15,16 +15,17 @@ LONGEST_CHAIN_OF_THREAD = 16  # values of a float32 tile of the default config t
 
 def prepare() -> None:
     """Make the interpreter of this process round as GPUs do, and no slower than it must be."""
-    _round_to_nearest_bfloat16()
-    _patch_language_once_a_launch()
-    _look_up_dtypes_once()
-    _check_overflow_in_numpy()
+    from triton.runtime import interpreter  # which has to be told to interpret before
+
+    _round_to_nearest_bfloat16(interpreter)
+    _patch_language_once_a_launch(interpreter)
+    _look_up_dtypes_once(interpreter)
+    _check_overflow_in_numpy(interpreter)
 
 
-def _round_to_nearest_bfloat16() -> None:
+def _round_to_nearest_bfloat16(interpreter: Any) -> None:
     """Convert float32 to bfloat16 as GPUs do, to nearest even; the interpreter truncates."""
     import triton.language as tl
-    from triton.runtime import interpreter
 
     truncating = interpreter.InterpreterBuilder.cast_impl
 
@@ -39,12 +40,11 @@ def _round_to_nearest_bfloat16() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast
 
 
-def _patch_language_once_a_launch() -> None:
+def _patch_language_once_a_launch(interpreter: Any) -> None:
     """The interpreter replaces the functions of triton.language at a launch, and again at each call
     of one jitted function by another, which finds them replaced and took half of all its time.
     """
     import triton.language as tl
-    from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[frozenset[str]] = set()  # in the present launch
@@ -69,10 +69,8 @@ def _patch_language_once_a_launch() -> None:
     interpreter.GridExecutor.__call__ = launch_unpatched
 
 
-def _look_up_dtypes_once() -> None:
+def _look_up_dtypes_once(interpreter: Any) -> None:
     """The interpreter builds a table of all dtypes whenever it looks one up."""
-    from triton.runtime import interpreter
-
     look_up = interpreter._get_np_dtype
     known: dict[str, Any] = {}
 
@@ -85,12 +83,10 @@ def _look_up_dtypes_once() -> None:
     interpreter._get_np_dtype = known_dtype
 
 
-def _check_overflow_in_numpy() -> None:
+def _check_overflow_in_numpy(interpreter: Any) -> None:
     """The interpreter checks sums and products of integers for overflow by a dozen of its own
     operations, each a hundred times as slow as numpy's.
     """
-    from triton.runtime import interpreter
-
     exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
     def check(left: Any, right: Any, operation: Any) -> None:

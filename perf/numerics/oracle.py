@@ -8,14 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MANTISSA_BITS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
-SMALLEST_EXPONENT = {
-    torch.float16: -14,
-    torch.bfloat16: -126,
-    torch.float32: -126,
-    torch.float64: -1022,
-}
-
 
 @dataclass
 class Result:
@@ -53,26 +45,12 @@ def batch_norm(
     return Result(output.detach(), grad_input, grad_weight, grad_bias, mean, variance)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; 0 for two empty tensors."""
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
-    difference = (actual.double() - expected.double()).norm().item()
-    if difference == 0.0:
-        return 0.0
-    return difference / max(expected.double().norm().item(), 1e-300)
-
-
-def error_in_ulp(actual: Tensor, expected: Tensor, negligible: Tensor | float = 0.0) -> float:
-    """Largest distance in units in the last place that actual's dtype has at the expected value.
-
-    expected: float64. An element that is off by no more than `negligible` counts as right.
+def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Norm of the difference over `scale`, by default the norm of what is expected; 0 for two empty
+    tensors, infinite where it is NaN.
     """
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
-    if actual.numel() == 0:
-        return 0.0
-    exponent = expected.abs().log2().floor().clamp(min=SMALLEST_EXPONENT[actual.dtype])
-    unit = torch.exp2(exponent - MANTISSA_BITS[actual.dtype])
-    difference = (actual.double() - expected).abs()
-    difference = torch.where(difference <= negligible, 0.0, difference)
-    largest = (difference / unit).max().item()
-    return math.inf if math.isnan(largest) else largest
+    difference = (actual.double() - expected.double()).norm().item()
+    scale = expected.double().norm().item() if scale is None else scale
+    error = difference / max(scale, 1e-300)
+    return math.inf if math.isnan(error) else error

@@ -1,4 +1,4 @@
-"""A training step of an example: by the layer, by its four steps one by one, by torch."""
+"""A training step of an example: by the four steps of a layer one by one, and by torch."""
 
 import torch
 import torch.nn.functional as F
@@ -8,29 +8,9 @@ from torch import Tensor
 from numerics.examples import Example, parts
 from numerics.interpreter import sums_as_on_a_gpu
 from numerics.oracle import Result
-from triton_syncbn import SyncBN
 
 MOMENTUM = 0.1
 COMPARED = ("output", "grad_input", "running_mean", "running_var")
-
-
-def train_layer(rank: int, world_size: int, example: Example) -> Result:
-    """What SyncBN makes of a rank's part. Statistics start at 0, so their own digits are seen."""
-    input, grad_output = parts(example, example.input, example.grad_output)[rank]
-    layer = SyncBN(input.shape[1], example.eps, MOMENTUM, affine=example.weight is not None)
-    assert layer.running_var is not None
-    layer.running_var.zero_()
-    if example.weight is not None and example.bias is not None:
-        layer.weight.data, layer.bias.data = example.weight.clone(), example.bias.clone()
-    with sums_as_on_a_gpu():
-        output = layer(input.requires_grad_())
-        output.backward(grad_output)
-    return Result(
-        output.detach(),
-        input.grad,
-        running_mean=layer.running_mean,
-        running_var=layer.running_var,
-    )
 
 
 def joined(results: list[Result]) -> Result:

@@ -1,34 +1,28 @@
-"""The tables: all rows with their environment, a line a layer, means, and what they mean."""
+"""The report: a line a layer and pass, means over layers, counts, and what they mean."""
 
-import math
 import pathlib
-import textwrap
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from layers.blocks import BLOCKS
-from layers.cases import CPU_FACTOR, DTYPES, MOST_VALUES
-from layers.implementations import OURS
+from layers.cases import BLOCKS
+from layers.implementations import BOUND, IMPLEMENTATIONS, OURS
 from machine.environment import VERSIONS
-from measuring.passes import PASSES
 
-SCHEMA = 3
+CASE = ["suite", "layer", "shape", "dtype", "layout", "block"]
 COLUMNS = (
-    *("schema", "timestamp_utc", "commit", "dirty", "gpu", "gpu_count", "driver", "torch"),
-    *("triton", "cuda", "nccl", "impl", "pass", "dtype", "layout", "suite", "layer", "shape"),
-    "block",
-    *("world_size", "timer", "samples", "us_p20", "us_p50", "us_p80", "host_us", "gbytes_per_s"),
-    *("copy_fraction", "peak_mb", "launches", "host_syncs", "collectives"),
-    *("error_over_tolerance", "config"),
+    *("timestamp_utc", "commit", "dirty", "gpu", "driver", "torch", "triton", "cuda", "nccl"),
+    *("config", "world_size", "timer", "samples", "copy_bytes_per_s", "impl", "pass", *CASE),
+    *("us_p20", "us_p50", "us_p80", "host_us", "copy_fraction", "peak_mb"),
+    *("launches", "host_syncs", "collectives", "error_over_tolerance"),
 )
-LAYER = ["suite", "layer", "shape", "dtype", "layout", "block"]
+COUNTED = ["launches", "host_syncs", "collectives"]
 
 
-def frame_of_layers(rows: list[dict[str, Any]], setting: dict[str, Any]) -> pd.DataFrame:
-    """A row for each layer, implementation and pass, with COLUMNS; empty where not measured."""
-    frame = pd.DataFrame(rows).assign(schema=SCHEMA, **setting).reindex(columns=list(COLUMNS))
-    counted = ["samples", "launches", "host_syncs", "collectives"]
-    return frame.astype(dict.fromkeys(counted, "Int64"))
+def frame_of(rows: list[dict[str, Any]], setting: dict[str, Any]) -> pd.DataFrame:
+    """A row for each case, implementation and pass, with COLUMNS; empty where not measured."""
+    frame = pd.DataFrame(rows).assign(**setting).reindex(columns=list(COLUMNS))
+    return frame.astype(dict.fromkeys(["samples", *COUNTED], "Int64"))
 
 
 def read_rows(file: pathlib.Path) -> pd.DataFrame:
@@ -37,160 +31,126 @@ def read_rows(file: pathlib.Path) -> pd.DataFrame:
 
 
 def baseline_of(frame: pd.DataFrame) -> str:
-    """The implementation that ours is held against: the first."""
-    return str(frame.impl.iloc[0])
+    """The implementation that the others are held against: the first that synchronizes."""
+    names = list(frame.impl.unique())
+    return next((name for name in names if name != BOUND), names[0])
 
 
-def ours_of(frame: pd.DataFrame) -> list[str]:
-    """Our implementations, without the one that they are held against."""
-    names = [name for name in frame.impl.unique() if name.startswith(OURS)]
-    return [name for name in names if name != baseline_of(frame)]
+def has_ours(frame: pd.DataFrame) -> bool:
+    """Whether ours is among the rows, and something that it is held against."""
+    return OURS in set(frame.impl) - {baseline_of(frame)}
 
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:
-    """How often each implementation goes into the time of the first: a row a layer and pass."""
-    times = frame.pivot(index=[*LAYER, "pass"], columns="impl", values="us_p50")
-    order = pd.MultiIndex.from_frame(frame[[*LAYER, "pass"]].drop_duplicates())
-    times = times.reindex(order)[list(frame.impl.unique())]
+    """How often each implementation goes into the time of the baseline: a row a case and pass."""
+    times = frame.set_index([*CASE, "pass", "impl"]).us_p50.unstack("impl", sort=False)
     return 1 / times.div(times[baseline_of(frame)], axis=0)
 
 
-def geometric_means(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Geometric means of the speed-ups of ours over groups of layers, in the order of the frame."""
-    logarithms = speedups(frame)[ours_of(frame)].map(math.log, na_action="ignore")
-    return logarithms.groupby(level=by, sort=False).mean().map(math.exp, na_action="ignore")
-
-
-def widest_pass(frame: pd.DataFrame) -> str:
-    """The pass whose times are shown: both, if it was measured."""
-    passes = list(frame["pass"].unique())
-    return "both" if "both" in passes else passes[0]
-
-
-def line_per_layer(frame: pd.DataFrame) -> pd.DataFrame:
-    """Text: microseconds of each implementation, how much faster ours is in each pass, and for ours
-    the percentage of the copy roof and microseconds of the host.
+def means(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Geometric means of the speed-ups over groups of cases, in the order of the frame; without the
+    baseline.
     """
-    shown = widest_pass(frame)
-    of_pass = frame[frame["pass"] == shown].set_index([*LAYER, "impl"])
-    layers = pd.MultiIndex.from_frame(frame[LAYER].drop_duplicates())
-    columns: dict[str, list[str]] = {}
-
-    def of_impl(column: str, impl: str) -> pd.Series:
-        return of_pass[column].xs(impl, level="impl").reindex(layers)
-
-    for impl in frame.impl.unique():
-        wrong = of_impl("error_over_tolerance", impl) > 1.0
-        times = of_impl("us_p50", impl)
-        columns[f"{impl} us"] = [
-            "FAIL" if is_wrong else number(time, ".0f")
-            for is_wrong, time in zip(wrong, times, strict=True)
-        ]
-    for impl in ours_of(frame):
-        ratios = speedups(frame)[impl].unstack("pass").reindex(layers)
-        label = impl.removeprefix(OURS).strip("_")
-        for pass_name in frame["pass"].unique() if impl == OURS else [shown]:
-            title = f"x {pass_name} {label}".rstrip()
-            columns[title] = [number(ratio, ".2f") for ratio in ratios[pass_name]]
-    if OURS in set(frame.impl):
-        columns["copy %"] = [number(100 * f, ".0f") for f in of_impl("copy_fraction", OURS)]
-        if frame.gpu.notna().any():  # else it is the time itself
-            columns["host us"] = [number(us, ".0f") for us in of_impl("host_us", OURS)]
-    text = layers.to_frame(index=False).drop(columns="suite")
-    for column in ("dtype", "layout", "block"):
-        if text[column].nunique() == 1:
-            text = text.drop(columns=column)
-    return text.assign(**columns)
+    logarithms = speedups(frame).drop(columns=baseline_of(frame)).apply(np.log)
+    return logarithms.groupby(level=by, sort=False).mean().apply(np.exp)
 
 
-def number(value: float, form: str) -> str:
-    """A number, or a dash where there is none."""
-    return "-" if pd.isna(value) else format(value, form)
+def text(numbers: pd.DataFrame, form: str) -> pd.DataFrame:
+    """Numbers as text, or a dash where there is none."""
+    return numbers.map(lambda number: "-" if pd.isna(number) else format(number, form))
+
+
+def line_per_pass(frame: pd.DataFrame) -> pd.DataFrame:
+    """Text: microseconds of each implementation, how many times faster than the baseline ours is
+    and, on a GPU, its percentage of the copy roof and microseconds of the host. What is wrong has
+    FAIL, and its error in units of what is tolerated.
+    """
+    wide = frame.set_index([*CASE, "pass", "impl"])
+
+    def of_impls(column: str) -> pd.DataFrame:
+        return wide[column].unstack("impl", sort=False)
+
+    errors = of_impls("error_over_tolerance")
+    lines = text(of_impls("us_p50"), ".0f").mask(errors > 1.0, "FAIL " + text(errors, ".0e"))
+    if has_ours(frame):
+        lines["x"] = text(speedups(frame)[[OURS]], ".2f")
+    if OURS in lines and frame.gpu.notna().any():
+        lines["copy %"] = text(100 * of_impls("copy_fraction")[[OURS]], ".0f")
+        lines["host us"] = text(of_impls("host_us")[[OURS]], ".0f")
+    lines = lines.reset_index()
+    same = [name for name in ("dtype", "layout", "block") if lines[name].nunique() == 1]
+    return lines.drop(columns=["suite", *same])
 
 
 def counts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Text: launches, host syncs, collectives of a pass of each implementation, over layers."""
-    columns = ["launches", "host_syncs", "collectives"]
-    groups = frame.groupby(["impl", "pass"], sort=False)[columns]
-    least, most = groups.min(), groups.max()
-    text = pd.DataFrame(index=least.index)
-    for column in columns:
-        text[column.replace("_", " ")] = [
-            "-" if pd.isna(low) else str(low) if low == high else f"{low} to {high}"
-            for low, high in zip(least[column], most[column], strict=True)
-        ]
-    return text.reset_index()
+    """Text: the most that a pass of each implementation asks of the device."""
+    most = frame.groupby(["pass", "impl"], sort=False)[COUNTED].max().dropna(axis=1, how="all")
+    by_name = text(most, "d").rename_axis(columns="counted").stack()
+    return by_name.unstack("impl", sort=False).reset_index()
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text in Markdown, its columns aligned."""
+    lines = [list(map(str, table.columns)), *table.values.tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in lines
+    )
 
 
 def where(frame: pd.DataFrame) -> str:
-    """Machine, ranks, versions and commit, in a line."""
+    """Machine, ranks, versions, commit and timer, in a line."""
     setting = frame.iloc[0]
     machine = "CPU" if pd.isna(setting.gpu) else setting.gpu
     versions = ", ".join(f"{name} {setting[name]}" for name in VERSIONS if pd.notna(setting[name]))
     return (
         f"{machine}, {setting.world_size} rank{'s' * int(setting.world_size > 1)}; {versions}; "
-        f"commit {setting.commit}{' with changes' * int(setting.dirty)}, {setting.timestamp_utc}."
+        f"commit {setting.commit}{' with changes' * int(setting.dirty)}, {setting.timestamp_utc}. "
+        f"Timer: {setting.timer}; {frame.samples.max()} samples, in turns; the slowest rank."
     )
 
 
-def footnotes(frame: pd.DataFrame, roof: float) -> list[str]:
+def headline(frame: pd.DataFrame) -> str:
+    """Means and counts, for the end of a report and for the README."""
+    of_kinds = means(frame, ["dtype", "layout", "pass"])
+    parts = [
+        f"How many times faster than {baseline_of(frame)}: geometric means over layers that are "
+        "right against float64.",
+        markdown(text(of_kinds, ".2f").reset_index()),
+        "Counted in one run of a pass:",
+        markdown(counts(frame)),
+    ]
+    return "\n\n".join(parts if frame.impl.nunique() > 1 else parts[2:])
+
+
+def notes(frame: pd.DataFrame) -> list[str]:
     """What the figures are and are not."""
+    lines = [f"{name}: {IMPLEMENTATIONS[name].note}." for name in frame.impl.unique()]
     setting = frame.iloc[0]
-    bytes_of = BLOCKS[setting.block]
-    item_size = DTYPES[str(setting["dtype"])].itemsize
-    formula = ", ".join(f"{name} {bytes_of.of_pass(name, item_size):g}T" for name in PASSES)
-    lines = [
-        f"Timer: {setting.timer}; {frame.samples.max()} samples, in turns; the slowest rank.",
-        f"Bytes by formula, T the bytes of x: {formula}. Copy roof: {roof * 1e-9:.1f} GB/s, read "
-        "and written by a copy on this machine in this run; copy % above 100 is the cache's.",
-        "torch_batchnorm, which does not synchronize, is the bound.",
-    ]
-    if pd.notna(setting.gpu):
-        lines.append("host us: until a call returns to the host, the device idle before.")
-        if setting.world_size == 1:
-            lines.append(
-                "torch_syncbn's synchronized path is called directly: torch leaves it out at one "
-                "rank. It and triton_syncbn communicate in a group of one rank, by NCCL."
-            )
-        return lines
-    return [
-        *lines,
-        f"Scaled down: spatial sizes by {CPU_FACTOR}, samples by {2 * CPU_FACTOR}, or by more to "
-        f"leave no more than {MOST_VALUES} values.",
-        "torch.nn.SyncBatchNorm refuses CPU tensors: gather_syncbn sends what it would send. On a "
-        "CPU it and triton_syncbn compute in plain torch and differ in communication alone; on a "
-        "GPU triton_syncbn runs its kernels.",
-        "On a CPU nothing is launched: launches counts operators that compute, one for each step "
-        "of triton_syncbn, as on a GPU, where it is one kernel.",
-    ]
+    if pd.notna(setting.copy_bytes_per_s):
+        formula = ", ".join(
+            f"{name} {maps}T{f' and {gates} bits an element' * (gates > 0)}"
+            for name, (maps, gates) in BLOCKS[setting.block].items()
+        )
+        lines += [
+            f"copy %: of what a copy on this machine reads and writes in a second, "
+            f"{setting.copy_bytes_per_s * 1e-9:.1f} GB/s; bytes by formula, T the bytes of x: "
+            f"{formula}. Above 100 is the cache's.",
+            "host us: until a call returns to the host, the device idle before.",
+        ]
+    return lines
 
 
-def wrong_lines(frame: pd.DataFrame) -> list[str]:
-    """A line for each implementation and layer that is wrong."""
-    wrong = frame[frame.error_over_tolerance > 1.0]
-    seen = wrong[["impl", "layer", "dtype", "layout", "error_over_tolerance"]].drop_duplicates()
-    return [
-        f"FAIL: {impl} is wrong on {layer}, {dtype}, {layout}: {error:.3g} times the tolerance."
-        for impl, layer, dtype, layout, error in seen.values
-    ]
-
-
-def print_report(frame: pd.DataFrame, roof: float, failures: dict[str, str]) -> None:
-    """Print the tables and what they mean."""
-    baseline = baseline_of(frame)
-    print(
-        f"\nMicroseconds of {widest_pass(frame)} (median); x: {baseline} / ours, more is better.\n"
+def report(frame: pd.DataFrame) -> str:
+    """All of it, in Markdown."""
+    return "\n\n".join(
+        [
+            "# SyncBN compared",
+            f"Microseconds, medians; x: {baseline_of(frame)} / {OURS}, more is better.",
+            markdown(line_per_pass(frame)),
+            headline(frame),
+            "\n".join(f"- {line}" for line in (where(frame), *notes(frame))),
+        ]
     )
-    print(line_per_layer(frame).to_string(index=False))
-    print()
-    for impl in ours_of(frame):
-        means = geometric_means(frame, ["pass"])[impl]
-        listed = ", ".join(f"{number(mean, '.2f')} {name}" for name, mean in means.items())
-        print(f"Geometric mean of {baseline} / {impl}: {listed}.")
-    print(f"\nCounted in one run of a pass:\n\n{counts(frame).to_string(index=False)}\n")
-    print(textwrap.fill(where(frame), 100))
-    for note in footnotes(frame, roof):
-        print(textwrap.fill(note, 100))
-    print("\n".join(wrong_lines(frame)))
-    for impl, reason in failures.items():
-        print(f"Left out: {impl}: {reason}")

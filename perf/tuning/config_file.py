@@ -7,10 +7,9 @@ from typing import Any
 import triton
 from machine.environment import ROOT, commit
 from triton_syncbn.kernels import tuned_configs
-from triton_syncbn.kernels.launch_config import LaunchConfig
 
 from tuning.candidates import Job
-from tuning.config_check import check_content
+from tuning.trial import Outcome
 
 FOLDER = ROOT / "kernels" / "configs"
 
@@ -20,15 +19,15 @@ class ConfigFile:
 
     def __init__(self, name: str, arch: str) -> None:
         self.path = FOLDER / tuned_configs.file_name(name)
-        self.content: dict[str, Any] = {
+        self.made_by = {
             "schema": tuned_configs.SCHEMA,
             "device": name,
             "arch": arch,
             "triton": triton.__version__,
             "commit": commit() or "unknown",
-            "entries": {},
-            "defaults": {},
         }
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.defaults: dict[str, dict[str, Any]] = {}
 
     def resume(self) -> None:
         """Go on where the file of an earlier run ends.
@@ -38,44 +37,33 @@ class ConfigFile:
         if not self.path.exists():
             return
         earlier = json.loads(self.path.read_text(encoding="utf-8"))
-        for key in ("schema", "device", "arch", "triton", "commit"):
-            if earlier.get(key) != self.content[key]:
-                raise ValueError(
-                    f"{self.path}: {key}: expected {self.content[key]!r} to go on, got "
-                    f"{earlier.get(key)!r}; run without --resume"
-                )
-        self.content = earlier
+        self.entries, self.defaults = earlier.pop("entries"), earlier.pop("defaults")
+        if earlier != self.made_by:
+            raise ValueError(
+                f"{self.path}: expected one of {self.made_by} to go on, got {earlier}; run without "
+                "--resume"
+            )
 
     def knows(self, job: Job) -> bool:
         """Whether a bucket has been decided."""
-        return str(job.bucket) in self.content["entries"] | self.content["defaults"]
+        return str(job.bucket) in self.entries | self.defaults
 
-    def add(
-        self,
-        job: Job,
-        config: LaunchConfig | None,
-        microseconds: float,
-        default_microseconds: float,
-    ) -> None:
-        """Take in what was found for a bucket; config: None where the default stays."""
-        entry = {
+    def add(self, job: Job, outcome: Outcome) -> None:
+        """Take in what was found for a bucket."""
+        entry: dict[str, Any] = {
             "shape": f"{job.case.shape_name} {job.case.dtype}",
-            "microseconds": round(microseconds, 3),
-            "default_microseconds": round(default_microseconds, 3),
+            "default_microseconds": round(outcome.default_microseconds, 3),
         }
-        if config is None:
-            del entry["microseconds"]
-            self.content["defaults"][str(job.bucket)] = entry
+        if outcome.config is None:
+            self.defaults[str(job.bucket)] = entry
         else:
-            self.content["entries"][str(job.bucket)] = {"config": config._asdict(), **entry}
+            entry["microseconds"] = round(outcome.microseconds, 3)
+            self.entries[str(job.bucket)] = {"config": outcome.config._asdict(), **entry}
 
     def write(self) -> None:
-        """Write the file whole, or leave it as it is.
-
-        Raises ValueError, with the entry, where one does not suit every shape of its bucket.
-        """
-        check_content(self.content)
+        """Write the file whole, or leave it as it is."""
+        content = {**self.made_by, "entries": self.entries, "defaults": self.defaults}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, self.path)

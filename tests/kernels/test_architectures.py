@@ -26,19 +26,29 @@ def compilers() -> Iterator[concurrent.futures.Executor]:
         yield executor
 
 
+def few_launches() -> list[compiled.Launch]:
+    """What stands for all."""
+    blocks = [compiled.Flags(activation="relu", residual=True), compiled.Flags(activation="silu")]
+    return [
+        *compiled.launches("bf16", compiled.KINDS[:4]),
+        *compiled.launches("fp32", [compiled.ODD_ROWS]),
+        *compiled.launches("bf16", [compiled.WHOLE_ROWS, compiled.SHORT_ROWS], blocks),
+    ]
+
+
 def launches_for(name: str) -> list[compiled.Launch]:
     """Where all is compiled for one architecture, the others need those kernels that take the most
     registers: of odd rows, and of tiles of many channels.
     """
-    launches = compiled.few_launches()
+    launches = few_launches()
     if name == "sm90":
         return launches
-    odd, whole = compiled.KINDS[1], compiled.KINDS[0]
+    needed = (
+        (compiled.ODD_ROWS, "bf16", "channels_first"),
+        (compiled.WHOLE_ROWS, "bf16", "channels_last"),
+    )
     return [
-        launch
-        for launch in launches
-        if (launch.case.shape, launch.case.dtype, launch.case.layout)
-        in ((odd, "bf16", "channels_first"), (whole, "bf16", "channels_last"))
+        (case, flags) for case, flags in launches if (case.shape, case.dtype, case.layout) in needed
     ]
 
 
@@ -119,7 +129,7 @@ def test_a_broken_promise_is_found(change, message):
 
 def test_widths_are_read_and_not_assumed(compilers):
     """A map whose sizes allow no vectors is seen to be accessed element by element."""
-    launch = compiled.Launch(Case("", "", (5, 37, 3, 61), "fp32", "channels_last"))
+    launch = Case("", "", (5, 37, 3, 61), "fp32", "channels_last"), compiled.Flags()
     for build in compilers.submit(compiled.build_all, "sm80", [launch]).result():
         assert build.vector == 1
         assert set(build.widths) == set(compiled.MAPS[build.kernel])

@@ -23,8 +23,7 @@ from triton_syncbn.kernels import launch_config, tuned_configs
 from triton_syncbn.kernels.indexing import Geometry, geometry
 from triton_syncbn.kernels.launch_config import LaunchConfig, default_config
 from triton_syncbn.kernels.tuned_configs import Bucket, bucket_of, config_source, lookup
-from tuning import config_file
-from tuning.config_check import check_content
+from tuning.candidates import suits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GPUS = ["NVIDIA H200", "NVIDIA L4"]
@@ -231,61 +230,24 @@ def test_a_malformed_file_is_an_error_that_names_it(text, message, shipped):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("bucket", "config"),
     [
-        ("moments", entry(), "expected a name like 'moments channels_first bytes=2 vector=8 "),
-        (str(KEY).replace("bytes=2", "bytes=3"), entry(), "expected a name like"),
-        (str(KEY).replace("moments", "momenta"), entry(), "expected a name like"),
-        (KEY, [], "expected an object with"),
-        (KEY, {"config": TUNED._asdict()}, "expected an object with"),
-        (KEY, entry(microseconds="8"), "microseconds: expected a number above 0, got '8'"),
-        (KEY, entry(default_microseconds=0), "default_microseconds: expected a number above 0"),
-        (KEY, {**entry(), "config": [1, 2048, 8, 8]}, "config: expected an object with"),
-        (KEY, {**entry(), "config": {"block_rows": 1}}, "config: expected an object with"),
-        (KEY, entry(TUNED._replace(splits=0)), "config: expected integers of at least 1"),
-        (KEY, entry(TUNED._replace(splits=True)), "config: expected integers of at least 1"),
-        (KEY, entry(TUNED._replace(num_warps=4.0)), "config: expected integers of at least 1"),
-        (KEY, entry(TUNED._replace(block_columns=2000)), "block_columns: expected a power of two"),
-        (KEY, entry(TUNED._replace(num_warps=3)), "num_warps: expected a power of two, got 3"),
-        (KEY, entry(TUNED._replace(num_warps=64)), "num_warps: expected at most 32, got 64"),
-        (KEY, entry(TUNED._replace(splits=1 << 16)), "splits: expected at most 65535"),
-        (KEY, entry(TUNED._replace(block_columns=1 << 16)), "x block_columns: expected at most"),
-        (KEY, entry(TUNED._replace(block_columns=4)), "block_columns: expected 8 or more"),
-        (KEY, entry(TUNED._replace(block_rows=2)), "block_columns: expected 16384 or more"),
-        (SHORT_ROWS, entry(LaunchConfig(32, 32, 1, 4)), "block_columns: expected 64 or more"),
-        (WRITER, entry(LaunchConfig(2, 2048, 1, 4)), "block_rows: expected 1, as channels-first"),
-        (LAST, entry(LaunchConfig(1, 2048, 1, 4)), "block_columns: expected at most 1024 channels"),
+        (KEY, TUNED._replace(block_columns=2000)),
+        (KEY, TUNED._replace(num_warps=3)),
+        (KEY, TUNED._replace(num_warps=64)),
+        (KEY, TUNED._replace(splits=1 << 16)),
+        (KEY, TUNED._replace(splits=0)),
+        (KEY, TUNED._replace(block_columns=1 << 16)),
+        (KEY, TUNED._replace(block_columns=4)),  # less than a vector
+        (KEY, TUNED._replace(block_rows=2)),  # several rows, longer than it is wide
+        (SHORT_ROWS, LaunchConfig(32, 32, 1, 4)),
+        (WRITER, LaunchConfig(2, 2048, 1, 4)),  # it walks flat
+        (LAST, LaunchConfig(1, 2048, 1, 4)),  # more channels than are added up at once
     ],
 )
-def test_an_entry_that_does_not_suit_its_bucket_is_an_error_that_names_it(key, value, message):
-    """Before it is written, and where it is shipped."""
-    with pytest.raises(ValueError, match=message) as error:
-        check_content(content({KEY: entry(), key: value}))
-    assert f"entry {str(key)!r}" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ([], "expected an object with"),
-        ({"schema": 1}, "expected an object with"),
-        (content({}, schema=2), "schema: expected 1, got 2"),
-        ({**content({}), "entries": []}, "entries: expected an object"),
-    ],
-    ids=["list", "keys", "schema", "entries"],
-)
-def test_what_is_no_file_of_configs_is_an_error(value, message):
-    with pytest.raises(ValueError, match=message):
-        check_content(value)
-
-
-def test_a_file_that_would_be_refused_is_not_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(config_file, "FOLDER", tmp_path)
-    file = config_file.ConfigFile(GPUS[0], "sm90")
-    file.content["entries"][str(KEY)] = entry(TUNED._replace(num_warps=3))
-    with pytest.raises(ValueError, match="num_warps: expected a power of two, got 3"):
-        file.write()
-    assert not list(tmp_path.iterdir())
+def test_a_config_that_does_not_suit_its_bucket_is_no_candidate(bucket, config):
+    assert suits(KEY, TUNED)
+    assert not suits(bucket, config)
 
 
 def test_tiles_of_several_rows_hold_every_row_of_their_bucket(shipped):
@@ -355,15 +317,26 @@ except ValueError as error:
     assert done.stdout == "TRITON_SYNCBN_CONFIG_DIR: expected a folder, got '/nonexistent'\n"
 
 
-def test_shipped_files_are_well_formed():
+def bucket_named(key):
+    kernel, layout, *sizes = key.split()
+    bucket = Bucket(kernel, layout, *(int(size.split("=")[1].removeprefix("2^")) for size in sizes))
+    assert str(bucket) == key
+    return bucket
+
+
+def test_shipped_files_suit_every_shape_of_their_buckets():
+    assert bucket_named(str(KEY)) == KEY
     files = sorted(tuned_configs.SHIPPED.glob("*.json"))
     if not files:
         pytest.skip("no GPU has been tuned yet")
     for file in files:
         content = json.loads(file.read_text())
-        check_content(content)
         assert file.name == tuned_configs.file_name(content["device"])
-        assert tuned_configs.read_configs(file, content["device"])
+        configs = tuned_configs.read_configs(file, content["device"])
+        assert configs
+        for key, config in configs.items():
+            assert bucket_named(key).kernel in launch_config.REDUCTIONS + launch_config.WRITERS
+            assert suits(bucket_named(key), config), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

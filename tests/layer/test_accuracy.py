@@ -2,40 +2,61 @@
 
 import pathlib
 
+import accuracy
 import pytest
 import torch
-from numerics import errors, examples, table, training
-from numerics.errors import NOISE
+from numerics import errors, examples, training
+from numerics.interpreter import sums_as_on_a_gpu
 
 from tests.support import oracle
-from triton_syncbn import cpu, ops, reference
+from tests.support.exactness import NOISE, drawn_example, faults
+from triton_syncbn import SyncBN, cpu, ops, reference
 from triton_syncbn.operands import RunningStatistics
 
 
+def train_layer(rank: int, world_size: int, example: examples.Example) -> oracle.Result:
+    """What SyncBN makes of a rank's part. Statistics start at 0, so their own digits are seen."""
+    input, grad_output = examples.parts(example, example.input, example.grad_output)[rank]
+    layer = SyncBN(
+        input.shape[1], example.eps, training.MOMENTUM, affine=example.weight is not None
+    )
+    layer.running_var.zero_()
+    if example.weight is not None:
+        layer.weight.data, layer.bias.data = example.weight.clone(), example.bias.clone()
+    with sums_as_on_a_gpu():
+        output = layer(input.requires_grad_())
+        output.backward(grad_output)
+    return oracle.Result(
+        output.detach(),
+        input.grad,
+        running_mean=layer.running_mean,
+        running_var=layer.running_var,
+    )
+
+
 def assert_exact(example: examples.Example, result: oracle.Result) -> None:
-    found = errors.faults(example, result)
+    found = faults(example, result)
     assert not found, f"{example}: {'; '.join(found)}"
 
 
 @pytest.mark.parametrize("seed", range(25))
 def test_layer_is_exact(seed):
     """The layer in one process, on the interpreted kernels."""
-    example = examples.drawn_example(seed, most_ranks=1)
-    assert_exact(example, training.train_layer(0, 1, example))
+    example = drawn_example(seed, most_ranks=1)
+    assert_exact(example, train_layer(0, 1, example))
 
 
-@pytest.mark.parametrize("implementation", table.OURS)
-@pytest.mark.parametrize("seed", range(12))
-def test_any_split_is_exact(implementation, seed):
+@pytest.mark.parametrize("implementation", accuracy.OURS)
+def test_any_split_is_exact(implementation, drawn):
     """The four steps for up to five ranks in turn."""
-    example = examples.drawn_example(seed)
+    example = drawn_example(drawn)
     assert_exact(example, training.train_steps(implementation, example))
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("seed", range(50))
 def test_larger_tensors_are_exact(seed, implementation):
-    example = examples.drawn_example(seed, most_elements=200_000)
+    example = drawn_example(seed, most_elements=200_000)
     assert_exact(example, training.train_steps(implementation, example))
 
 
@@ -43,15 +64,15 @@ def test_larger_tensors_are_exact(seed, implementation):
 @pytest.mark.parametrize("seed", range(6))
 def test_any_split_over_processes_is_exact(ranks, seed):
     """The layer in real processes, so what goes over the wire is tested too."""
-    example = examples.drawn_example(seed)
-    results = ranks.run(training.train_layer, len(example.sizes), example)
+    example = drawn_example(seed)
+    results = ranks.run(train_layer, len(example.sizes), example)
     assert_exact(example, training.joined(results))
 
 
 @pytest.mark.parametrize("name", examples.HARD_EXAMPLES)
 def test_hard_data_over_processes_is_exact(name, reference_ranks):
     example = examples.hard_example(name, seed=0)
-    results = reference_ranks.run(training.train_layer, len(example.sizes), example)
+    results = reference_ranks.run(train_layer, len(example.sizes), example)
     assert_exact(example, training.joined(results))
 
 
@@ -60,7 +81,7 @@ def test_hard_data_over_processes_is_exact(name, reference_ranks):
 def test_one_value_a_channel_over_all_ranks(sizes, dtype, ranks):
     """y is the bias, dx is 0, and no statistic is infinite."""
     example = examples.make_example(sizes, 5, (), dtype, mean=1e4)
-    result = training.joined(ranks.run(training.train_layer, len(sizes), example))
+    result = training.joined(ranks.run(train_layer, len(sizes), example))
     assert torch.equal(result.running_var, torch.zeros(5))
     # the mean in two float32 numbers holds 2**-48 of itself, times 1 / sqrt(1e-5)
     assert result.grad_input.abs().max().item() <= 1e-6 * example.grad_output.abs().max().item()
@@ -75,12 +96,12 @@ def test_counts_beyond_24_bits(implementation):
     assert_exact(example, training.train_steps(implementation, example))
 
 
-@pytest.mark.parametrize("implementation", table.OURS)
+@pytest.mark.parametrize("implementation", accuracy.OURS)
 def test_counts_beyond_32_bits(implementation, device):
     """Sums as of 2**33 values: the same results, and a variance that is hardly unbiased."""
     example = examples.make_example((3,), 3, (5,), mean=1e2)
     exact = errors.exact_result(example)
-    scale = errors.scale_of(example, exact)
+    scale = errors.scales(example, exact)
     result = training.train_steps(implementation, example, copies=2**33 / 15)
     for name in ("output", "grad_input"):
         assert errors.error(name, result, exact, scale) <= NOISE, name
@@ -92,7 +113,7 @@ def test_counts_beyond_32_bits(implementation, device):
 
 def test_large_mean_is_100_times_better_than_torch():
     """At mean / std = 1e4."""
-    *ours, theirs = table.measure("mean / std = 1e4", seeds=2)["output"]
+    *ours, theirs = accuracy.measure("mean / std = 1e4", seeds=2)["output"]
     assert 100 * max(ours) <= theirs
 
 
@@ -103,9 +124,9 @@ def test_what_the_table_says_holds(name):
     text = (pathlib.Path(__file__).parents[1] / "ACCURACY.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     first = next(number for number, row in enumerate(rows) if row[1:2] == [name])
-    measured = table.measure(name, seeds=1)
+    measured = accuracy.measure(name, seeds=1)
     for row, (compared, (*ours, theirs)) in zip(rows[first:], measured.items(), strict=False):
-        assert row[2] == table.SHORT.get(compared, compared)
+        assert row[2] == accuracy.SHORT.get(compared, compared)
         *claimed, claim_of_torch = (float(cell) for cell in row[3:7])
         assert max(claimed) <= max(claim_of_torch, NOISE)
         assert max(ours) <= max(theirs, NOISE)
@@ -116,7 +137,7 @@ def test_what_the_table_says_holds(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", table.OURS)
+@pytest.mark.parametrize("implementation", accuracy.OURS)
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 0, 2, 3, 2)], ids=str)
 def test_equal_values_have_no_variance(sizes, implementation):
     """However small eps is next to their mean: what rounding leaves of a variance is not one."""
@@ -124,13 +145,15 @@ def test_equal_values_have_no_variance(sizes, implementation):
     result = training.train_steps(implementation, example)
     assert torch.equal(result.running_var, torch.zeros(31))
     exact = errors.exact_result(example)
-    scale = errors.scale_of(example, exact)
+    scale = errors.scales(example, exact)
     for name in training.COMPARED:
         assert errors.error(name, result, exact, scale) <= NOISE, name
 
 
 @pytest.mark.parametrize(
-    "step", [ops.OPERATORS.normalize, cpu.normalize, reference.normalize], ids=table.OURS
+    "step",
+    [ops.OPERATORS.normalize, cpu.normalize, reference.normalize],
+    ids=accuracy.OURS,
 )
 def test_first_batch_of_an_average_keeps_its_digits(step):
     """With momentum 1, or None and no batch before, the buffer is that of the batch."""

@@ -4,10 +4,10 @@ and that of large ones on tensors that are small enough for a test.
 
 import pytest
 import torch
-from numerics import errors, examples, training
-from numerics.errors import NOISE
+from numerics import examples, training
 
 from tests.support import oracle
+from tests.support.exactness import NOISE, faults
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import EPS, run_steps
 from triton_syncbn import cpu, ops, reference
@@ -112,7 +112,7 @@ MAPS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hard_data_is_exact(layout, dtype, map, data):
     example = examples.make_example(dtype=dtype, layout=layout, **MAPS[map], **DATA[data])
-    assert not errors.faults(example, training.train_steps("cpu", example))
+    assert not faults(example, training.train_steps("cpu", example))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

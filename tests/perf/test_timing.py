@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from measuring import times
-from measuring.times import Call, in_cuda_graph, percentiles, time_calls, turns
+from measuring.times import in_cuda_graph, percentiles, time_calls, turns
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ class FakeClock:
 def spending(clock, durations):
     """A call whose samples take these seconds, one after the other."""
     remaining = itertools.cycle(durations)
-    return Call(lambda prepared: clock.spend(next(remaining)))
+    return lambda: clock.spend(next(remaining))
 
 
 def test_percentiles_are_those_of_the_samples():
@@ -41,14 +41,11 @@ def test_percentiles_are_those_of_the_samples():
     assert measured["slow"].host == measured["slow"].device
 
 
-def test_warming_and_preparing_are_not_timed():
+def test_warming_is_not_timed():
     clock = FakeClock()
     durations = iter([9.0, 8.0, 7.0, 0.1, 0.2])
-    call = Call(
-        lambda prepared: clock.spend(next(durations) + prepared), lambda: clock.spend(5.0) or 0.01
-    )
-    measured = time_calls({"call": call}, CPU, 2, warmup=3, clock=clock)
-    assert measured["call"].device == pytest.approx([0.11, 0.21])
+    measured = time_calls({"call": spending(clock, durations)}, CPU, 2, warmup=3, clock=clock)
+    assert measured["call"].device == pytest.approx([0.1, 0.2])
 
 
 def test_every_turn_begins_with_another_call():
@@ -89,16 +86,15 @@ class FakeGPU:
         return Event()
 
 
-@pytest.mark.parametrize("warm_cache", [False, True])
-def test_the_host_does_not_wait_between_samples_of_a_gpu(monkeypatch, warm_cache):
+def test_the_host_does_not_wait_between_samples_of_a_gpu(monkeypatch):
     gpu = FakeGPU()
     flush = type("Flush", (), {"zero_": lambda self: gpu.log.append("flush")})()
     monkeypatch.setattr(times.torch, "cuda", gpu)
     monkeypatch.setattr(times.torch, "empty", lambda *sizes, **options: flush)
     monkeypatch.setattr(times.torch, "zeros", lambda *sizes, **options: None)
-    calls = {"call": Call(lambda prepared: gpu.log.append("work"))}
-    seconds = times._device_seconds(calls, torch.device("cuda"), 2, warm_cache)
-    sample = [*["flush"] * (not warm_cache), "event", "work", "event"]
+    calls = {"call": lambda: gpu.log.append("work")}
+    seconds = times._device_seconds(calls, torch.device("cuda"), 2)
+    sample = ["flush", "event", "work", "event"]
     assert gpu.log == ["synchronize", *sample, *sample, "synchronize"]
     assert seconds == {"call": [1.5e-3, 1.5e-3]}
 
@@ -108,14 +104,16 @@ def test_device_time_and_graph_on_a_gpu():
     device = torch.device("cuda")
     small, large = (torch.zeros(size, device=device) for size in (1 << 10, 1 << 27))
     calls = {
-        "small": Call(lambda prepared: small.add_(1)),
-        "large": Call(lambda prepared: large.add_(1)),
+        "small": lambda: small.add_(1),
+        "large": lambda: large.add_(1),
     }
-    calls["graph"] = in_cuda_graph(calls["small"], device)
+    calls["small"]()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        calls["graph"] = in_cuda_graph(calls["small"], device)
     measured = time_calls(calls, device, 20)
     medians = {name: percentiles(samples.device)[1] for name, samples in measured.items()}
     assert 0 < medians["small"] < medians["large"]
     assert 0 < medians["graph"] < medians["large"]
     before = small[0].item()
-    calls["graph"].work(calls["graph"].prepare())
+    calls["graph"]()
     assert small[0].item() == before + 1

@@ -11,13 +11,12 @@ pytest.importorskip("triton")
 import tune
 from layers.cases import Case, read_cases, suites
 from layers.steps import KERNELS
+from measuring.times import Samples
 from triton_syncbn.kernels import launch_config, tuned_configs
 from triton_syncbn.kernels.launch_config import LaunchConfig, default_config
 from triton_syncbn.kernels.tuned_configs import lookup, read_configs
-from tuning import candidates, config_file, selection
-from tuning.config_check import check_config
-from tuning.kernel_of_layer import KernelOfLayer
-from tuning.selection import finalists, winner
+from tuning import candidates, config_file, trial
+from tuning.trial import KernelOfLayer, Outcome, finalists, winner
 
 LAYOUTS = ["channels_first", "channels_last"]
 CPU = torch.device("cpu")
@@ -44,21 +43,17 @@ def make_file():
     return config_file.ConfigFile(GPU_NAME, "none")
 
 
-def found(config, microseconds=8.0, default=10.0):
-    return tune.Outcome(config, microseconds, default, {}, {})
-
-
 def test_candidates_are_the_default_and_others_that_fit_every_shape_of_the_bucket():
     jobs = candidates.jobs_of(read_cases(suites(), ["bf16", "fp32"], LAYOUTS), KERNELS)
     assert len(jobs) > 300
     alone = 0
     for job in jobs:
         default, *others = candidates.candidates(job, 132)
-        assert default == default_config(job.kernel, job.shape, 132)
+        assert default == default_config(job.bucket.kernel, job.shape, 132)
         assert len({default, *others}) == 1 + len(others) <= 150
         alone += not others  # a channel that a single warp holds
         for config in others:
-            check_config(job.bucket, config)
+            assert candidates.suits(job.bucket, config)
     assert alone < 0.05 * len(jobs)
 
 
@@ -66,7 +61,7 @@ def test_a_bucket_is_tuned_once_on_its_largest_layer():
     small, large = (Case("s", str(n), (32, n, 56, 56), "bf16", "channels_first") for n in (40, 64))
     other = small._replace(shape=(32, 65, 56, 56))
     jobs = candidates.jobs_of([small, large, other], ["moments", "normalize"])
-    assert [(job.kernel, job.case) for job in jobs] == [
+    assert [(job.bucket.kernel, job.case) for job in jobs] == [
         ("moments", large),
         ("moments", other),
         ("normalize", large),
@@ -90,7 +85,7 @@ def test_a_bucket_is_tuned_once_on_its_largest_layer():
     ],
 )
 def test_a_config_is_kept_if_it_beats_the_default_by_3_percent_in_three_rounds(rounds, expected):
-    assert (selection.GAIN, selection.ROUNDS) == (0.03, 3)
+    assert (trial.GAIN, trial.ROUNDS) == (0.03, 3)
     assert winner(rounds, "d") == expected
 
 
@@ -116,17 +111,19 @@ def test_what_a_kernel_makes_is_checked_against_float64(name, layout, monkeypatc
 
 
 class Stopwatch:
-    """Stands in for the timer: runs every function, and says the seconds that a test wants."""
+    """Stands in for the timer: runs every function, and says the times that a test wants."""
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    def __init__(self, monkeypatch, microseconds):
+        self.microseconds = microseconds
         self.calls = []
+        monkeypatch.setattr(trial, "time_calls", self)
 
-    def __call__(self, functions):
+    def __call__(self, functions, device, samples):
         self.calls.append(list(functions))
         for function in functions.values():
             assert isinstance(function(), torch.Tensor)
-        return {name: self.seconds(name) for name in functions}
+        seconds = {name: [self.microseconds(name) * 1e-6] * samples for name in functions}
+        return {name: Samples(seconds[name], []) for name in functions}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -140,7 +137,7 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
         for warps in (1, 2, 4, 8, 16)
         if warps != default.num_warps
     )
-    monkeypatch.setattr(tune, "candidates", lambda *_: [default, good, faster, wrong, broken])
+    monkeypatch.setattr(trial, "candidates", lambda *_: [default, good, faster, wrong, broken])
     launch = KernelOfLayer.launch
 
     def launch_some(self, config):
@@ -149,9 +146,9 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
         return launch(self, config) + (config == wrong)
 
     monkeypatch.setattr(KernelOfLayer, "launch", launch_some)
-    watch = Stopwatch({default: 10e-6, good: 9e-6, faster: 8e-6}.__getitem__)
+    watch = Stopwatch(monkeypatch, {default: 10.0, good: 9.0, faster: 8.0}.__getitem__)
     file = make_file()
-    assert tune.tune([job], CPU, watch, file, write=True) == 1
+    assert tune.tune([job], CPU, file) == 1
     assert watch.calls == [[default, good, faster]] + [[default, faster, good]] * 3
 
     entry = json.loads((folder / "Triton_interpreter.json").read_text())["entries"]
@@ -167,20 +164,11 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
     assert lookup(name, job.shape, torch.float32, CPU) == faster
 
 
-def test_the_timer_gives_the_median_of_each_function():
-    """Here by the host's clock; on a GPU it is the device's."""
-    runs = []
-    seconds = tune.gpu_timer(CPU)({name: lambda name=name: runs.append(name) for name in "ab"})
-    assert set(seconds) == {"a", "b"}
-    assert all(0 < value < 1 for value in seconds.values())
-    assert runs[:2] == ["a", "b"]
-    assert runs.count("a") == runs.count("b") > tune.SAMPLES
-
-
-def test_no_faster_config_leaves_the_default_and_a_note_of_it(folder):
+def test_no_faster_config_leaves_the_default_and_a_note_of_it(monkeypatch):
+    Stopwatch(monkeypatch, lambda _: 5.0)
     (job,) = candidates.jobs_of(TINY[:1], ["moments"])
     file = make_file()
-    tune.tune([job], CPU, Stopwatch(lambda _: 5e-6), file, write=True)
+    tune.tune([job], CPU, file)
     content = json.loads(file.path.read_text())
     assert content["entries"] == {}
     assert content["defaults"] == {
@@ -194,40 +182,40 @@ def test_a_wrong_default_decides_nothing(monkeypatch):
     monkeypatch.setattr(KernelOfLayer, "error_of", lambda self, config: 2.0)
     file = make_file()
     count = len(candidates.candidates(job, launch_config.multiprocessors(CPU)))
-    assert tune.tune([job], CPU, Stopwatch(lambda _: 1.0), file, write=True) == count
+    assert tune.tune([job], CPU, file) == count
     assert not file.knows(job)
 
 
 @pytest.fixture
 def minutes(monkeypatch):
-    """A clock on which a bucket takes a minute, and the buckets that were tuned."""
+    """A clock on which a bucket takes a minute; the buckets, and those that were tuned."""
     jobs = candidates.jobs_of(TINY, KERNELS)
     assert len(jobs) == 16
-    now, tuned = [0.0], []
+    tuned = []
 
-    def tune_job(job, device, timer):
-        now[0] += 60.0
+    def try_candidates(job, device):
         tuned.append(job)
         config = LaunchConfig(1, 64, 1, 4) if len(tuned) % 2 else None
-        return found(config, 8.0 if config else 10.0)
+        return Outcome(config, 8.0 if config else 10.0, 10.0, 0, 0)
 
-    monkeypatch.setattr(tune, "tune_job", tune_job)
-    return jobs, lambda: now[0], tuned
+    monkeypatch.setattr(tune, "try_candidates", try_candidates)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: 60.0 * len(tuned))
+    return jobs, tuned
 
 
 def test_a_budget_begins_no_bucket_after_it(minutes):
-    jobs, clock, tuned = minutes
-    tune.tune(jobs, CPU, None, make_file(), write=False, budget=2.5, clock=clock)
+    jobs, tuned = minutes
+    tune.tune(jobs, CPU, make_file(), budget=2.5)
     assert tuned == jobs[:3]
 
 
 def test_a_run_that_was_stopped_goes_on(minutes):
-    jobs, clock, tuned = minutes
-    tune.tune(jobs, CPU, None, make_file(), write=True, budget=3, clock=clock)
+    jobs, tuned = minutes
+    tune.tune(jobs, CPU, make_file(), budget=3)
     file = make_file()
     file.resume()
     assert [file.knows(job) for job in jobs] == [True] * 3 + [False] * 13
-    tune.tune(jobs, CPU, None, file, write=True, clock=clock)
+    tune.tune(jobs, CPU, file)
     assert tuned == jobs
     content = json.loads(file.path.read_text())
     assert (len(content["entries"]), len(content["defaults"])) == (8, 8)
@@ -236,30 +224,25 @@ def test_a_run_that_was_stopped_goes_on(minutes):
 
 
 def test_without_resume_a_run_starts_anew(minutes):
-    jobs, clock, tuned = minutes
+    jobs, tuned = minutes
     for _ in range(2):
-        tune.tune(jobs[:2], CPU, None, make_file(), write=True, clock=clock)
+        tune.tune(jobs[:2], CPU, make_file())
     assert tuned == jobs[:2] * 2
 
 
 @pytest.mark.parametrize("key", ["schema", "device", "arch", "triton", "commit"])
 def test_a_run_does_not_go_on_with_a_file_of_something_else(key):
     file = make_file()
-    file.path.write_text(json.dumps(file.content | {key: "another"}))
-    with pytest.raises(ValueError, match=f"{key}: expected .* to go on, got 'another'"):
+    file.made_by[key] = "another"
+    file.write()
+    with pytest.raises(ValueError, match=r"to go on, got .*'another'.*run without --resume"):
         make_file().resume()
-
-
-def test_nothing_is_written_unless_asked(minutes, folder):
-    jobs, clock, _ = minutes
-    tune.tune(jobs, CPU, None, make_file(), write=False, clock=clock)
-    assert os.listdir(folder) == []
 
 
 def test_without_a_gpu_it_refuses_and_lists(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        tune.main(["--write"])
+        tune.main([])
     assert stopped.value.code == 2
     assert "expected a GPU to measure on" in capsys.readouterr().err
     choice = ["--suite", "heads", "--dtype", "bf16", "--kernel", "moments"]

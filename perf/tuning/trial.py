@@ -1,0 +1,125 @@
+"""Every candidate of a bucket tried: whether it is right, and whether it beats the default."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from layers.cases import DTYPES, Case, laid_out
+from layers.exercise import TOLERANCE
+from layers.steps import Operands, run_step
+from measuring.times import Name, percentiles, time_calls
+from numerics.oracle import relative_error
+from torch import Tensor
+from tqdm import tqdm
+from triton_syncbn.kernels.launch_config import REDUCTIONS, LaunchConfig, multiprocessors
+
+from tuning.candidates import Job, candidates
+
+REDUCTIONS_TOLERANCE = 1e-5  # of the norm of the sums of sizes; float64 has that of a map
+GAIN = 0.03  # of the time of the default, in every round
+ROUNDS = 3
+SAMPLES = 30  # of a candidate in a round
+FINALISTS = 4  # the fastest of a first round, which meet the default in the others
+
+
+class KernelOfLayer:
+    """A kernel of a layer, launched alone, and what it has to make of its operands."""
+
+    def __init__(self, kernel: str, case: Case, device: torch.device) -> None:
+        self.kernel = kernel
+        self.tolerance = TOLERANCE[case.dtype]
+        if kernel in REDUCTIONS and case.dtype != "fp64":
+            self.tolerance = REDUCTIONS_TOLERANCE
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device) + 0.5
+
+        x, dy = (laid_out(draw(*case.shape).to(DTYPES[case.dtype]), case.layout) for _ in range(2))
+        weight, bias, mean, variance = draw(4, case.shape[1]).unbind()
+        exact = Operands(x.double(), dy.double(), weight=weight.double(), bias=bias.double())
+        exact = exact._replace(moments=run_step("moments", exact, "reference"))
+        exact = exact._replace(grad_moments=run_step("grad_moments", exact, "reference"))
+        self.expected = run_step(kernel, exact, "reference")
+        # the size of the result, or of the terms of a sum that may cancel
+        sizes = exact._replace(grad_output=exact.grad_output.abs())
+        terms = run_step(kernel, sizes, "reference") if kernel == "grad_moments" else self.expected
+        self.scale = terms.norm().item()
+        counter = torch.tensor(0, device=device)
+        sums = exact.moments, exact.grad_moments
+        self.operands = Operands(x, dy, *sums, weight, bias, mean, variance, counter)
+
+    def launch(self, config: LaunchConfig) -> Tensor:
+        """Run the kernel once, as the layer does."""
+        return run_step(self.kernel, self.operands, config=config)
+
+    def error_of(self, config: LaunchConfig) -> float:
+        """Error of a launch in units of what is tolerated; above 1 is wrong."""
+        error = relative_error(self.launch(config), self.expected, self.scale)
+        return error / self.tolerance
+
+
+class Outcome(NamedTuple):
+    """What tuning a bucket has found."""
+
+    config: LaunchConfig | None  # None: the default stays
+    microseconds: float  # of the config, or of the default; NaN if the default is wrong
+    default_microseconds: float
+    wrong: int  # candidates
+    skipped: int  # candidates that could not be launched
+
+
+def try_candidates(job: Job, device: torch.device) -> Outcome:
+    """Check all candidates of a bucket, and time those that are right."""
+    layer = KernelOfLayer(job.bucket.kernel, job.case, device)
+    default, *others = candidates(job, multiprocessors(device))
+    right: list[LaunchConfig] = []
+    wrong = skipped = 0
+    for config in (default, *others):
+        try:
+            error = layer.error_of(config)
+        except Exception:  # the compiler, the driver: whatever it is, it is not a config
+            skipped += 1
+            continue
+        if error <= 1.0:
+            right.append(config)
+        else:
+            wrong += 1
+            tqdm.write(f"WRONG: {job.bucket} {tuple(config)}: {error:.3g} times the tolerance")
+    if default not in right:
+        return Outcome(None, float("nan"), float("nan"), wrong, skipped)
+
+    def measure(configs: list[LaunchConfig]) -> dict[LaunchConfig, float]:
+        launches = {config: functools.partial(layer.launch, config) for config in configs}
+        times = time_calls(launches, device, SAMPLES)
+        return {config: percentiles(samples.device)[1] for config, samples in times.items()}
+
+    best = finalists(measure(right), default)
+    rounds = [measure(best) for _ in range(ROUNDS if len(best) > 1 else 1)]
+    chosen = winner(rounds, default)
+    shown = chosen or default
+    # of the round in which the config gained least
+    least = max(rounds, key=lambda times: times[shown] / times[default])
+    return Outcome(chosen, least[shown], least[default], wrong, skipped)
+
+
+def finalists(first: Mapping[Name, float], default: Name) -> list[Name]:
+    """The default, and the fastest of the others in a first round over all of them."""
+    others = sorted((name for name in first if name != default), key=first.__getitem__)
+    return [default, *others[:FINALISTS]]
+
+
+def winner(rounds: Sequence[Mapping[Name, float]], default: Name) -> Name | None:
+    """The fastest by its median over the rounds, of those that beat the default by `GAIN` in each
+    of `ROUNDS` rounds; None where the default stays.
+    """
+    if len(rounds) < ROUNDS:
+        return None
+    proven = [
+        name
+        for name in rounds[0]
+        if name != default and all(times[name] <= (1 - GAIN) * times[default] for times in rounds)
+    ]
+    return min(proven, key=lambda name: median(times[name] for times in rounds), default=None)
