@@ -3,10 +3,10 @@
 A small tensor takes as long as its operations are many; in float64 there are no more of them, and
 nothing cancels. A large one takes as long as its bytes travel. It stays in float32, which is as
 good but for two things. Where means are far from 0, in units of the deviation, torch's batch norm
-with given statistics must be given deviations from them. And its backward, which yields both sums
-of a step at once, adds up a long row, or a channel that is a column of memory, in chains, whose
-roundings add up, too: there `torch.sum` adds parts of it in a tree. What is not in the precision of
-the arithmetic lies in a buffer that a thread keeps: fresh pages cost more than the arithmetic.
+must be given deviations from them. And its backward, which yields both sums of a step at once, adds
+up in chains, whose roundings add up, too: where they are long, `torch.sum` adds parts in a tree.
+What is not in the precision of the arithmetic goes through a buffer that a thread keeps: fresh
+pages cost more than the arithmetic.
 """
 
 import functools
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import NOISE_OF_VARIANCE
+from .cpu_statistics import NEAR, Statistics, are_near, statistics_of
 
 SMALL = 1 << 13  # elements up to which float64 costs nothing, as measured
 BLOCK = 1 << 20  # elements of a block of samples: 4 MiB of float32, which a shared cache holds
 LARGEST_KEPT = 4 * BLOCK  # elements of a buffer that a thread keeps
-NEAR = 1.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
-# Torch's batch norm has a chain for each value of a vector register, at most about 32 long with so
-# many values of a row in float32, and of a channel in half precision, where it goes on over rows.
-LONGEST_ROW, LONGEST_HALF_CHANNEL = 512, 1024
+# Terms of a chain, for moments and for their gradients, by the bytes of a term. Terms of half
+# precision have so few digits that more are added up without a rounding, and products of gradients
+# have both signs; float64 has digits to spare, but not for moments, which cancel.
+LONGEST_CHAIN = {2: (64, 2048), 4: (32, 32), 8: (64, SMALL)}
+LANES = 16  # of a vector register: torch has a chain for each, along a row
 LONGEST_PART = 256  # values that torch.sum adds up before the sums are added in float64
 _kept = threading.local()  # the buffers of a thread, which is in one step at a time
-_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 def moments(input: Tensor) -> Tensor:
@@ -37,11 +37,11 @@ def moments(input: Tensor) -> Tensor:
     if input.numel() == 0:
         return input.new_zeros(2 * input.shape[1] + 1, dtype=torch.float64)
     values = input.numel() // input.shape[1]
-    dtype = _dtype_of(input)
-    total, squares = _sums(None, input, None, dtype)
-    if dtype == torch.float32 and not _are_near(squares, total, (1.0 + NEAR**-2) / values):
+    total, squares = _sums(None, input, None)
+    is_wide = _dtype_of(input) == torch.float64
+    if not is_wide and not are_near(squares, total, (1.0 + NEAR**-2) / values):
         high = (total / values).float()
-        deviations, squares = _sums(None, input, high, dtype)
+        deviations, squares = _sums(None, input, high)
         shift = high.double()
         total = shift * values + deviations
         squares = shift * (deviations + total) + squares
@@ -61,7 +61,7 @@ def normalize(
     eps: float,
 ) -> Tensor:
     """Normalize with the global moments; move the running statistics unless the batch is empty."""
-    statistics = _statistics_of(moments)
+    statistics = statistics_of(moments)
     count = statistics.count
     if count > 0.0:
         if num_batches_tracked is not None:
@@ -86,15 +86,13 @@ def grad_moments(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
-    statistics = _statistics_of(moments)
-    dtype = _dtype_of(input)
-    shift, mean, _ = statistics.in_dtype(dtype)
+    statistics = statistics_of(moments)
+    shift, mean, _ = statistics.in_dtype(_dtype_of(input))
     if input.numel() == 0:
         grads, products = torch.zeros_like(mean), torch.zeros_like(mean)
-    elif shift is None:
-        grads, products = _sums(grad_output, input, mean, dtype)
     else:
-        grads, products = _sums(grad_output, input, shift, dtype)
+        grads, products = _sums(grad_output, input, mean if shift is None else shift)
+    if shift is not None:
         products = torch.addcmul(products, grads, mean, value=-1.0)
     products = products * statistics.rstd(eps)
     return (
@@ -113,7 +111,7 @@ def grad_input(
     eps: float,
 ) -> Tensor:
     """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
-    statistics = _statistics_of(moments)
+    statistics = statistics_of(moments)
     scale = statistics.rstd(eps)
     if weight is not None:
         scale = scale * weight
@@ -122,127 +120,74 @@ def grad_input(
     return _batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
 
 
-def _batch_norm(
-    input: Tensor,
-    statistics: "_Statistics",
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    grad_output: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """xhat * weight + bias + dy * scale, the last where there is a dy; all of them [C]."""
-    dtype = _dtype_of(input)
-    shift, mean, variance = statistics.in_dtype(dtype)
-    if weight is not None and weight.dtype != dtype:
-        weight = weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    settings: Any = (weight, bias, mean, variance, False, 0.0, eps)
-    if scale is not None:
-        scale = _per_channel(scale.to(dtype), input)
-    none = _vector(0, 0.0, dtype)
-    # torch takes half precision, too, and rounds at the end: before anything is added
-    is_one_step = dtype == torch.float32 and shift is None and grad_output is None
-    output = torch.empty_like(input)
-    for values, grad, result in _blocks(input, input if scale is None else grad_output, output):
-        deviations = values if is_one_step else _deviations(values, shift, dtype)
-        target = result if is_one_step or result.dtype == dtype else deviations
-        torch.native_batch_norm(deviations, *settings, out=(target, none, none))
-        if scale is not None:
-            target.addcmul_(_widened(grad, dtype, 1), scale)
-        if target is not result:
-            result.copy_(target)
-    return output
-
-
-class _Statistics:
-    """Mean and variance of the global batch, float64 [C], and its count."""
-
-    def __init__(self, moments: Tensor) -> None:
-        channels = moments.shape[0] // 2
-        self.moments = moments.clone()
-        self.count = moments[-1].item()
-        per_value = moments / max(self.count, 1.0)
-        self.mean, squares = per_value[:channels], per_value[channels:-1]
-        self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
-        self.is_near = _are_near(self.variance, self.mean, NEAR**-2)
-        if not self.is_near:  # equal values have no variance but what rounding leaves of it
-            self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
-        self._rstd: dict[float, Tensor] = {}
-        self._float32: tuple[Tensor | None, Tensor, Tensor] | None = None
-
-    def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
-        """What is first taken off the values, or None; the mean of what is left; the variance."""
-        if dtype == torch.float64:
-            return None, self.mean, self.variance
-        if self._float32 is None:
-            high, variance = self.mean.float(), self.variance.float()
-            self._float32 = None, high, variance
-            if not self.is_near:
-                self._float32 = high, (self.mean - high).float(), variance
-        return self._float32
-
-    def rstd(self, eps: float) -> Tensor:
-        """1 / sqrt(variance + eps)."""
-        if eps not in self._rstd:
-            self._rstd[eps] = (self.variance + eps).rsqrt_()
-        return self._rstd[eps]
-
-
-def _statistics_of(moments: Tensor) -> _Statistics:
-    """Kept at the moments, for the other steps of a layer."""
-    kept: _Statistics | None = vars(moments).get("statistics")
-    if kept is None or not torch.equal(kept.moments, moments):  # no version tells of an all_reduce
-        kept = vars(moments)["statistics"] = _Statistics(moments)
-    return kept
-
-
-def _are_near(squares: Tensor, means: Tensor, factor: float) -> bool:
-    """Whether squares are at least the factor times means squared, in all channels."""
-    return torch.addcmul(squares, means, means, value=-factor).min().item() >= 0.0
-
-
 def _dtype_of(input: Tensor) -> torch.dtype:
     """Of the arithmetic."""
     is_wide = input.numel() <= SMALL or input.dtype == torch.float64
     return torch.float64 if is_wide else torch.float32
 
 
-def _sums(
-    grad_output: Tensor | None, input: Tensor, shift: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (x - shift)) of each channel; without a dy it is x - shift itself."""
+def _batch_norm(
+    input: Tensor,
+    statistics: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_output: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """xhat * weight + bias, and + dy * scale if there is a dy; the other vectors are [C]."""
+    dtype = _dtype_of(input)
+    shift, mean, variance = statistics.in_dtype(dtype)
+    vectors = [v if v is None or v.dtype == dtype else v.to(dtype) for v in (weight, bias)]
+    settings: Any = (*vectors, mean, variance, False, 0.0, eps)
+    if scale is not None:
+        scale = _per_channel(scale.to(dtype), input)
+    none = _vector(0, 0.0, dtype)
+    output = torch.empty_like(input)
+    # torch takes half precision as well, and rounds at the end: before anything can be added
+    takes_all = dtype == torch.float32 and shift is None and grad_output is None
     grads = input if grad_output is None else grad_output
-    centers_both = grad_output is None and shift is not None
-    if _has_short_chains(input, dtype) and grads.dtype == input.dtype and not centers_both:
-        one = _vector(input.shape[1], 1.0, dtype)
-        mean = _vector(input.shape[1], 0.0, dtype) if shift is None else shift
+    for values, grad, result in _blocks(input, grads, output):
+        deviations = values if takes_all else _widened(values, dtype, shift)
+        target = result if takes_all or result.dtype == dtype else deviations
+        torch.native_batch_norm(deviations, *settings, out=(target, none, none))
+        if scale is not None:
+            target.addcmul_(_widened(grad, dtype, None, 1), scale)
+        if target is not result:
+            result.copy_(target)
+    return output
+
+
+def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum(dy) and sum(dy * (x - shift)) of each channel; without a dy it is x - shift itself."""
+    dtype, channels = _dtype_of(input), input.shape[1]
+    grads = input if grad_output is None else grad_output
+    longest = LONGEST_CHAIN[8 if dtype == torch.float64 else input.itemsize]
+    is_short = _longest_chain(input) <= longest[grad_output is not None]
+    if is_short and grads.dtype == input.dtype and (shift is None or grad_output is not None):
         if dtype == torch.float64:
-            input, grads = _widened(input, dtype), _widened(grads, dtype, 1)
+            input, grads = _widened(input, dtype), _widened(grads, dtype)
+        one = _vector(channels, 1.0, dtype)
+        mean = _vector(channels, 0.0, dtype) if shift is None else shift
         settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
-        return _batch_norm_backward(grads, input, *settings)[:0:-1]
+        return torch.ops.aten.native_batch_norm_backward.default(grads, input, *settings)[:0:-1]
     sums: Any = None
     for values, grad in _blocks(input, grads):
-        deviations = _deviations(values, shift, dtype)
-        grad = deviations if grad_output is None else _widened(grad, dtype, 1)
+        deviations = _widened(values, dtype, shift)
+        grad = deviations if grad_output is None else _widened(grad, dtype, None, 1)
         first = _sum(grad)
         second = _sum(torch.mul(deviations, grad, out=_buffer(values, dtype)))
         sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
     return sums
 
 
-def _has_short_chains(input: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the backward of torch's batch norm adds up few values one by one."""
-    samples, channels = input.shape[:2]
-    values = input.numel() // channels
-    if dtype == torch.float64 and values <= LONGEST_PART:
-        return True
-    if values == samples or not input.is_contiguous():
-        return False
-    if input.dtype.itemsize == 2 and dtype == torch.float32:
-        return values <= LONGEST_HALF_CHANNEL
-    return values <= samples * LONGEST_ROW
+def _longest_chain(input: Tensor) -> float:
+    """Terms that the backward of torch's batch norm adds up one by one."""
+    values = input.numel() // input.shape[1]
+    row = values // input.shape[0]
+    if row > 1 and input.is_contiguous():
+        return (values if input.itemsize == 2 else row) // LANES  # in half precision over all rows
+    return values if input.dim() == 4 else math.inf  # in columns; else it is not as said here
 
 
 def _sum(map: Tensor) -> Tensor:
@@ -265,23 +210,23 @@ def _parts(shape: torch.Size, is_contiguous: bool) -> tuple[Any, ...]:
     return (parts, part, channels), (part * channels, channels, 1), 1, 0
 
 
-def _deviations(values: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Values less the shift of their channel: themselves, or in the first buffer."""
+def _widened(
+    map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, number: int = 0
+) -> Tensor:
+    """A map, less a shift of each channel, in the precision of the arithmetic."""
+    if shift is None and (map.dtype == dtype or dtype == torch.float64):
+        return map.to(dtype)
+    buffer = _buffer(map, dtype, number)
     if shift is None:
-        return _widened(values, dtype)
-    shift = _per_channel(shift, values)
-    if values.dtype == dtype:
-        return torch.sub(values, shift, out=_buffer(values, dtype))
-    return _widened(values, dtype).sub_(shift)
-
-
-def _widened(map: Tensor, dtype: torch.dtype, number: int = 0) -> Tensor:
-    """A map in the precision of the arithmetic: itself, or in a buffer."""
-    return map if map.dtype == dtype else _buffer(map, dtype, number).copy_(map)
+        return buffer.copy_(map)
+    shift = _per_channel(shift, map)
+    return (
+        torch.sub(map, shift, out=buffer) if map.dtype == dtype else buffer.copy_(map).sub_(shift)
+    )
 
 
 def _buffer(map: Tensor, dtype: torch.dtype, number: int = 0) -> Tensor:
-    """Memory for a map in a dtype, with whatever is in it."""
+    """Memory for a map, with whatever is in it."""
     elements = map.numel()
     kept: dict[Any, Tensor | None] = vars(_kept)
     memory = kept.get((dtype, number))

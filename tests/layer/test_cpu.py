@@ -10,7 +10,7 @@ from numerics.errors import NOISE
 from tests.support import oracle
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import run_steps
-from triton_syncbn import cpu, ops, reference
+from triton_syncbn import cpu, cpu_statistics, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Of the norm. Half a unit in the last place of a half-precision result is 2e-3 (bfloat16) and
@@ -90,7 +90,7 @@ def test_edge_shapes(shape, layout, dtype):
 # coarse lattice, where roundings of long sums are no longer as often up as down.
 DATA = {
     "near": {},
-    "border": {"mean": cpu.NEAR},
+    "border": {"mean": cpu_statistics.NEAR},
     "far": {"mean": 1e2},
     "lattice": {"mean": 1e4},
     "no digits": {"mean": 1e6},
