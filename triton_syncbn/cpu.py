@@ -5,8 +5,7 @@ nothing cancels. A large one takes as long as its bytes travel. It stays in floa
 good but for two things. Where means are far from 0, in units of the deviation, torch's batch norm
 must be given deviations from them. And its backward, which yields both sums of a step at once, adds
 up in chains, whose roundings add up, too: where they are long, `torch.sum` adds parts in a tree.
-What is not in the precision of the arithmetic goes through a buffer that a thread keeps: fresh
-pages cost more than the arithmetic.
+What is made on the way lies in buffers that a thread keeps: fresh pages cost more than arithmetic.
 """
 
 import functools
@@ -30,6 +29,7 @@ LONGEST_CHAIN = {2: (64, 2048), 4: (32, 32), 8: (64, SMALL)}
 LANES = 16  # of a vector register: torch has a chain for each, along a row
 LONGEST_PART = 256  # values that torch.sum adds up before the sums are added in float64
 _kept = threading.local()  # the buffers of a thread, which is in one step at a time
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 def moments(input: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def moments(input: Tensor) -> Tensor:
         return input.new_zeros(2 * input.shape[1] + 1, dtype=torch.float64)
     values = input.numel() // input.shape[1]
     total, squares = _sums(None, input, None)
-    is_wide = _dtype_of(input) == torch.float64
-    if not is_wide and not are_near(squares, total, (1.0 + NEAR**-2) / values):
+    in_float32 = _dtype_of(input) == torch.float32
+    if in_float32 and not are_near(squares, total, (1.0 + NEAR**-2) / values):
         high = (total / values).float()
         deviations, squares = _sums(None, input, high)
         shift = high.double()
@@ -62,8 +62,7 @@ def normalize(
 ) -> Tensor:
     """Normalize with the global moments; move the running statistics unless the batch is empty."""
     statistics = statistics_of(moments)
-    count = statistics.count
-    if count > 0.0:
+    if (count := statistics.count) > 0.0:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         if running_mean is not None and running_var is not None:
@@ -122,8 +121,8 @@ def grad_input(
 
 def _dtype_of(input: Tensor) -> torch.dtype:
     """Of the arithmetic."""
-    is_wide = input.numel() <= SMALL or input.dtype == torch.float64
-    return torch.float64 if is_wide else torch.float32
+    in_float32 = input.numel() > SMALL and input.dtype != torch.float64
+    return torch.float32 if in_float32 else torch.float64
 
 
 def _batch_norm(
@@ -142,8 +141,7 @@ def _batch_norm(
     settings: Any = (*vectors, mean, variance, False, 0.0, eps)
     if scale is not None:
         scale = _per_channel(scale.to(dtype), input)
-    none = _vector(0, 0.0, dtype)
-    output = torch.empty_like(input)
+    output, none = torch.empty_like(input), _vector(0, 0.0, dtype)
     # torch takes half precision as well, and rounds at the end: before anything can be added
     takes_all = dtype == torch.float32 and shift is None and grad_output is None
     grads = input if grad_output is None else grad_output
@@ -152,7 +150,7 @@ def _batch_norm(
         target = result if takes_all or result.dtype == dtype else deviations
         torch.native_batch_norm(deviations, *settings, out=(target, none, none))
         if scale is not None:
-            target.addcmul_(_widened(grad, dtype, None, 1), scale)
+            target.addcmul_(_widened(grad, dtype, None, 1) if grad.itemsize == 2 else grad, scale)
         if target is not result:
             result.copy_(target)
     return output
@@ -166,11 +164,12 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
     is_short = _longest_chain(input) <= longest[grad_output is not None]
     if is_short and grads.dtype == input.dtype and (shift is None or grad_output is not None):
         if dtype == torch.float64:
-            input, grads = _widened(input, dtype), _widened(grads, dtype)
-        one = _vector(channels, 1.0, dtype)
+            input = input.double()
+            grads = input if grad_output is None else grads.double()
         mean = _vector(channels, 0.0, dtype) if shift is None else shift
+        one = _vector(channels, 1.0, dtype)
         settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
-        return torch.ops.aten.native_batch_norm_backward.default(grads, input, *settings)[:0:-1]
+        return _batch_norm_backward(grads, input, *settings)[:0:-1]
     sums: Any = None
     for values, grad in _blocks(input, grads):
         deviations = _widened(values, dtype, shift)
@@ -217,19 +216,16 @@ def _widened(
     if shift is None and (map.dtype == dtype or dtype == torch.float64):
         return map.to(dtype)
     buffer = _buffer(map, dtype, number)
-    if shift is None:
-        return buffer.copy_(map)
-    shift = _per_channel(shift, map)
-    return (
-        torch.sub(map, shift, out=buffer) if map.dtype == dtype else buffer.copy_(map).sub_(shift)
-    )
+    if shift is not None and map.dtype == dtype:
+        return torch.sub(map, _per_channel(shift, map), out=buffer)
+    buffer.copy_(map)
+    return buffer if shift is None else buffer.sub_(_per_channel(shift, map))
 
 
 def _buffer(map: Tensor, dtype: torch.dtype, number: int = 0) -> Tensor:
     """Memory for a map, with whatever is in it."""
-    elements = map.numel()
     kept: dict[Any, Tensor | None] = vars(_kept)
-    memory = kept.get((dtype, number))
+    memory, elements = kept.get((dtype, number)), map.numel()
     if memory is None or memory.numel() < elements:
         with torch.inference_mode(False):  # in which it may be made, and not be used afterwards
             memory = torch.empty(elements, dtype=dtype, device="cpu")
@@ -242,8 +238,7 @@ def _blocks(*maps: Tensor) -> Iterable[Sequence[Tensor]]:
     samples, elements = maps[0].shape[0], maps[0].numel()
     if elements <= BLOCK or samples == 1:
         return (maps,) if elements else ()
-    some = max(BLOCK * samples // elements, 1)
-    return zip(*(map.split(some) for map in maps), strict=True)
+    return zip(*(map.split(max(BLOCK * samples // elements, 1)) for map in maps), strict=True)
 
 
 @functools.lru_cache(maxsize=128)
