@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_statistics import NEAR, Statistics, are_near, statistics_of
+from .cpu_statistics import Statistics, statistics_of
 
 SMALL = 1 << 13  # elements up to which float64 costs nothing, as measured
 BLOCK = 1 << 20  # elements of a block of samples: 4 MiB of float32, which a shared cache holds
@@ -37,15 +37,16 @@ def moments(input: Tensor) -> Tensor:
     if input.numel() == 0:
         return input.new_zeros(2 * input.shape[1] + 1, dtype=torch.float64)
     values = input.numel() // input.shape[1]
+    count = _vector(1, values, torch.float64)
     total, squares = _sums(None, input, None)
-    in_float32 = _dtype_of(input) == torch.float32
-    if in_float32 and not are_near(squares, total, (1.0 + NEAR**-2) / values):
-        high = (total / values).float()
-        deviations, squares = _sums(None, input, high)
-        shift = high.double()
-        total = shift * values + deviations
-        squares = shift * (deviations + total) + squares
-    return torch.cat((total, squares, _vector(1, values, torch.float64)))
+    moments = torch.cat((total, squares, count))
+    if _dtype_of(input) == torch.float64 or statistics_of(moments).is_near:
+        return moments
+    high = (total / values).float()
+    deviations, squares = _sums(None, input, high)
+    shift = high.double()
+    total = shift * values + deviations
+    return torch.cat((total, shift * (deviations + total) + squares, count))
 
 
 def normalize(
@@ -175,7 +176,8 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
         deviations = _widened(values, dtype, shift)
         grad = deviations if grad_output is None else _widened(grad, dtype, None, 1)
         first = _sum(grad)
-        second = _sum(torch.mul(deviations, grad, out=_buffer(values, dtype)))
+        target = _buffer(values, dtype) if deviations is values else deviations
+        second = _sum(torch.mul(deviations, grad, out=target))
         sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
     return sums
 
@@ -190,9 +192,10 @@ def _longest_chain(input: Tensor) -> float:
 
 
 def _sum(map: Tensor) -> Tensor:
-    """Of each channel of a dense map, float64 [C]."""
+    """Of each channel of a dense map; float64 [C], if there is more than one part."""
     size, strides, within, between = _parts(map.shape, map.is_contiguous())
-    return map.as_strided(size, strides).sum(within).sum(between, dtype=torch.float64)
+    sums = map.as_strided(size, strides).sum(within)
+    return sums.sum(between, dtype=torch.float64) if between else sums
 
 
 @functools.lru_cache(maxsize=256)
@@ -206,7 +209,9 @@ def _parts(shape: torch.Size, is_contiguous: bool) -> tuple[Any, ...]:
     part = values // parts
     if by_rows:
         return (samples, channels, parts, part), (channels * row, row, part, 1), 3, (0, 2)
-    return (parts, part, channels), (part * channels, channels, 1), 1, 0
+    if parts == 1:
+        return (values, channels), (channels, 1), 0, ()
+    return (parts, part, channels), (part * channels, channels, 1), 1, (0,)
 
 
 def _widened(

@@ -11,7 +11,9 @@ NEAR = 1.0  # |mean| in deviations up to which float32 loses no more to it than 
 
 
 class Statistics:
-    """Of each channel, from the moments: mean and variance in float64, and the count."""
+    """Of each channel, from the moments: mean and variance in float64; the count; and whether all
+    means are near 0.
+    """
 
     def __init__(self, moments: Tensor) -> None:
         channels = moments.shape[0] // 2
@@ -20,7 +22,8 @@ class Statistics:
         per_value = moments / max(self.count, 1.0)
         self.mean, squares = per_value[:channels], per_value[channels:-1]
         self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
-        self.is_near = are_near(self.variance, self.mean, NEAR**-2)
+        spare = torch.addcmul(self.variance, self.mean, self.mean, value=-(NEAR**-2))
+        self.is_near = spare.min().item() >= 0.0
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}
@@ -51,8 +54,3 @@ def statistics_of(moments: Tensor) -> Statistics:
     if kept is None or not torch.equal(kept.moments, moments):  # no version tells of an all_reduce
         kept = vars(moments)["statistics"] = Statistics(moments)
     return kept
-
-
-def are_near(squares: Tensor, means: Tensor, factor: float) -> bool:
-    """Whether in all channels the square is at least the factor times mean**2."""
-    return torch.addcmul(squares, means, means, value=-factor).min().item() >= 0.0
