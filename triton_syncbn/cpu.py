@@ -34,8 +34,6 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
-    if input.numel() == 0:
-        return input.new_zeros(2 * input.shape[1] + 1, dtype=torch.float64)
     values = input.numel() // input.shape[1]
     count = _vector(1, values, torch.float64)
     total, squares = _sums(None, input, None)
@@ -88,10 +86,7 @@ def grad_moments(
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
     statistics = statistics_of(moments)
     shift, mean, _ = statistics.in_dtype(_dtype_of(input))
-    if input.numel() == 0:
-        grads, products = torch.zeros_like(mean), torch.zeros_like(mean)
-    else:
-        grads, products = _sums(grad_output, input, mean if shift is None else shift)
+    grads, products = _sums(grad_output, input, mean if shift is None else shift)
     if shift is not None:
         products = torch.addcmul(products, grads, mean, value=-1.0)
     products = products * statistics.rstd(eps)
@@ -141,12 +136,11 @@ def _batch_norm(
     vectors = [v if v is None or v.dtype == dtype else v.to(dtype) for v in (weight, bias)]
     settings: Any = (*vectors, mean, variance, False, 0.0, eps)
     if scale is not None:
-        scale = _per_channel(scale.to(dtype), input)
+        scale = scale.to(dtype).view(-1, *[1] * (input.dim() - 2))
     output, none = torch.empty_like(input), _vector(0, 0.0, dtype)
     # torch takes half precision as well, and rounds at the end: before anything can be added
     takes_all = dtype == torch.float32 and shift is None and grad_output is None
-    grads = input if grad_output is None else grad_output
-    for values, grad, result in _blocks(input, grads, output):
+    for values, grad, result in _blocks(input, grad_output, output):
         deviations = values if takes_all else _widened(values, dtype, shift)
         target = result if takes_all or result.dtype == dtype else deviations
         torch.native_batch_norm(deviations, *settings, out=(target, none, none))
@@ -160,24 +154,26 @@ def _batch_norm(
 def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum(dy) and sum(dy * (x - shift)) of each channel; without a dy it is x - shift itself."""
     dtype, channels = _dtype_of(input), input.shape[1]
-    grads = input if grad_output is None else grad_output
-    longest = LONGEST_CHAIN[8 if dtype == torch.float64 else input.itemsize]
-    is_short = _longest_chain(input) <= longest[grad_output is not None]
-    if is_short and grads.dtype == input.dtype and (shift is None or grad_output is not None):
-        if dtype == torch.float64:
-            input = input.double()
-            grads = input if grad_output is None else grads.double()
+    if input.numel() == 0:
+        return torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
+    of_moments, of_gradients = LONGEST_CHAIN[8 if dtype == torch.float64 else input.itemsize]
+    if grad_output is None:
+        takes_all = shift is None and _longest_chain(input) <= of_moments
+    else:
+        takes_all = grad_output.dtype == input.dtype and _longest_chain(input) <= of_gradients
+    if takes_all:
+        map = input.double() if dtype == torch.float64 else input
+        grads = map if grad_output is None else grad_output.to(map.dtype)
         mean = _vector(channels, 0.0, dtype) if shift is None else shift
         one = _vector(channels, 1.0, dtype)
         settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
-        return _batch_norm_backward(grads, input, *settings)[:0:-1]
+        return _batch_norm_backward(grads, map, *settings)[:0:-1]
     sums: Any = None
-    for values, grad in _blocks(input, grads):
+    for values, grad in _blocks(input, grad_output):
         deviations = _widened(values, dtype, shift)
         grad = deviations if grad_output is None else _widened(grad, dtype, None, 1)
-        first = _sum(grad)
         target = _buffer(values, dtype) if deviations is values else deviations
-        second = _sum(torch.mul(deviations, grad, out=target))
+        first, second = _sum(grad), _sum(torch.mul(deviations, grad, out=target))
         sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
     return sums
 
@@ -215,32 +211,35 @@ def _parts(shape: torch.Size, is_contiguous: bool) -> tuple[Any, ...]:
 
 
 def _widened(
-    map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, number: int = 0
+    map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: int = 0
 ) -> Tensor:
     """A map, less a shift of each channel, in the precision of the arithmetic."""
     if shift is None and (map.dtype == dtype or dtype == torch.float64):
         return map.to(dtype)
-    buffer = _buffer(map, dtype, number)
-    if shift is not None and map.dtype == dtype:
-        return torch.sub(map, _per_channel(shift, map), out=buffer)
-    buffer.copy_(map)
-    return buffer if shift is None else buffer.sub_(_per_channel(shift, map))
+    buffer = _buffer(map, dtype, index)
+    if shift is None:
+        return buffer.copy_(map)
+    shift = shift.view(-1, *[1] * (map.dim() - 2))
+    if map.dtype == dtype:
+        return torch.sub(map, shift, out=buffer)
+    return buffer.copy_(map).sub_(shift)
 
 
-def _buffer(map: Tensor, dtype: torch.dtype, number: int = 0) -> Tensor:
+def _buffer(map: Tensor, dtype: torch.dtype, index: int = 0) -> Tensor:
     """Memory for a map, with whatever is in it."""
     kept: dict[Any, Tensor | None] = vars(_kept)
-    memory, elements = kept.get((dtype, number)), map.numel()
+    memory, elements = kept.get((dtype, index)), map.numel()
     if memory is None or memory.numel() < elements:
         with torch.inference_mode(False):  # in which it may be made, and not be used afterwards
             memory = torch.empty(elements, dtype=dtype, device="cpu")
-        kept[dtype, number] = memory if elements <= LARGEST_KEPT else None
+        kept[dtype, index] = memory if elements <= LARGEST_KEPT else None
     return memory.as_strided(map.shape, map.stride())
 
 
-def _blocks(*maps: Tensor) -> Iterable[Sequence[Tensor]]:
+def _blocks(input: Tensor, *others: Tensor | None) -> Iterable[Sequence[Any]]:
     """Some samples of each map at a time."""
-    samples, elements = maps[0].shape[0], maps[0].numel()
+    maps = [input, *(input if map is None else map for map in others)]
+    samples, elements = input.shape[0], input.numel()
     if elements <= BLOCK or samples == 1:
         return (maps,) if elements else ()
     return zip(*(map.split(max(BLOCK * samples // elements, 1)) for map in maps), strict=True)
@@ -251,7 +250,3 @@ def _vector(size: int, value: float, dtype: torch.dtype) -> Tensor:
     """So many times a value, in a tensor that nobody changes."""
     with torch.inference_mode(False):
         return torch.full((size,), value, dtype=dtype, device="cpu")
-
-
-def _per_channel(value: Tensor, map: Tensor) -> Tensor:
-    return value.view(-1, *[1] * (map.dim() - 2))
