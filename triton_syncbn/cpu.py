@@ -141,11 +141,11 @@ def _batch_norm(
     # torch takes half precision as well, and rounds at the end: before anything can be added
     takes_all = dtype == torch.float32 and shift is None and grad_output is None
     for values, grad, result in _blocks(input, grad_output, output):
-        deviations = values if takes_all else _widened(values, dtype, shift)
+        deviations = values if takes_all else _wide(values, dtype, shift)
         target = result if takes_all or result.dtype == dtype else deviations
         torch.native_batch_norm(deviations, *settings, out=(target, none, none))
         if scale is not None:
-            target.addcmul_(_widened(grad, dtype, None, 1) if grad.itemsize == 2 else grad, scale)
+            target.addcmul_(_wide(grad, dtype, None, 1) if grad.itemsize == 2 else grad, scale)
         if target is not result:
             result.copy_(target)
     return output
@@ -170,8 +170,8 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
         return _batch_norm_backward(grads, map, *settings)[:0:-1]
     sums: Any = None
     for values, grad in _blocks(input, grad_output):
-        deviations = _widened(values, dtype, shift)
-        grad = deviations if grad_output is None else _widened(grad, dtype, None, 1)
+        deviations = _wide(values, dtype, shift)
+        grad = deviations if grad_output is None else _wide(grad, dtype, None, 1)
         target = _buffer(values, dtype) if deviations is values else deviations
         first, second = _sum(grad), _sum(torch.mul(deviations, grad, out=target))
         sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
@@ -210,9 +210,7 @@ def _parts(shape: torch.Size, is_contiguous: bool) -> tuple[Any, ...]:
     return (parts, part, channels), (part * channels, channels, 1), 1, (0,)
 
 
-def _widened(
-    map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: int = 0
-) -> Tensor:
+def _wide(map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: int = 0) -> Tensor:
     """A map, less a shift of each channel, in the precision of the arithmetic."""
     if shift is None and (map.dtype == dtype or dtype == torch.float64):
         return map.to(dtype)

@@ -118,10 +118,11 @@ def test_hard_data_is_exact(layout, dtype, map, data):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 2, 128, 128), (40, 3, 96)], ids=str)
-def test_gradients_that_repeat_add_up(shape, layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_that_repeat_add_up(shape, layout, dtype):
     """As those of a mean do: in one chain, float32 would lose 1e-5 of their sum."""
-    input = random(shape, torch.float32, "cpu", layout)
-    grad_output = lay_out(torch.full(shape, 1 / 3), layout)
+    input = random(shape, dtype, "cpu", layout)
+    grad_output = lay_out(torch.full(shape, 1 / 3, dtype=dtype), layout)
     moments = cpu.moments(input)
     sums, *_ = cpu.grad_moments(grad_output, input, moments, None, None, 1e-5)
     expected = grad_output.double().sum([0, *range(2, len(shape))])
