@@ -1,1 +1,1 @@
-"""A small semantic segmentation, trained on one process or several: data, network, arms, pictures."""
+"""A small semantic segmentation, trained by one process or several."""

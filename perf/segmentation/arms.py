@@ -1,4 +1,4 @@
-"""The arms that are compared: how a batch of 8 is split over ranks, and whose statistics are used."""
+"""The arms that are compared: how a batch is split over ranks, and which statistics are used."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -18,7 +18,7 @@ HELD_OUT = 0.25  # of the digits, those of the last writers
 
 
 class Images(NamedTuple):
-    """Pixels, float32 [N, 3, SIZE, SIZE] from 0 to 1, and the class of each, int64 [N, SIZE, SIZE]."""
+    """Pixels, [N, 3, SIZE, SIZE] from 0 to 1, and their classes, int64 [N, SIZE, SIZE]."""
 
     pixels: Tensor
     labels: Tensor

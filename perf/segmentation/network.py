@@ -24,15 +24,18 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.full, self.half = _stage(3, 16, stride=1), _stage(16, 32, stride=2)
-        self.quarter = _stage(32, 64, stride=2)
-        self.half_again, self.full_again = _block(64 + 32, 32), _block(32 + 16, 16)
+        self.encode_full = _stage(3, 16, stride=1)
+        self.encode_half = _stage(16, 32, stride=2)
+        self.encode_quarter = _stage(32, 64, stride=2)
+        self.decode_half = _block(64 + 32, 32)
+        self.decode_full = _block(32 + 16, 16)
         self.head = nn.Conv2d(16, CLASSES, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Each stage of the decoder gets what is below it, enlarged, and what its twin has made."""
-        full = self.full(pixels)
-        half = self.half(full)
-        below = F.interpolate(self.quarter(half), scale_factor=2.0)
-        below = F.interpolate(self.half_again(torch.cat([below, half], 1)), scale_factor=2.0)
-        return self.head(self.full_again(torch.cat([below, full], 1)))
+        full = self.encode_full(pixels)
+        half = self.encode_half(full)
+        below = F.interpolate(self.encode_quarter(half), scale_factor=2.0)
+        below = self.decode_half(torch.cat([below, half], 1))
+        below = F.interpolate(below, scale_factor=2.0)
+        return self.head(self.decode_full(torch.cat([below, full], 1)))

@@ -14,12 +14,18 @@ from machine.ranks import Place, process_group
 CPU_RANKS = 8
 
 
+def count_processes(device_type: str) -> int:
+    """How many there are, or will be."""
+    here = CPU_RANKS if device_type == "cpu" else torch.cuda.device_count()
+    return int(os.environ.get("WORLD_SIZE", here))
+
+
 def run_on_processes(device_type: str, work: Callable[..., Any], *arguments: Any) -> Any:
     """Call work(place, *arguments) in each; returns what it returned in this one."""
+    world_size = count_processes(device_type)
     if "WORLD_SIZE" in os.environ:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank = int(os.environ["RANK"])
         return _run(rank, world_size, device_type, "env://", work, arguments)
-    world_size = CPU_RANKS if device_type == "cpu" else torch.cuda.device_count()
     context = multiprocessing.get_context("forkserver")  # which imports torch once for all
     with tempfile.TemporaryDirectory() as folder:
         same = world_size, device_type, f"file://{folder}/store", work, arguments

@@ -56,18 +56,21 @@ def losses_table(runs: Mapping[Key, Run], seed: int) -> pd.DataFrame:
                 "dtype": key.dtype,
                 "arm": key.arm,
                 "step": range(len(run.losses)),
-                "loss": [f"{loss:.6g}" for loss in run.losses.tolist()],
-                "difference": [f"{value:.3g}" for value in difference.tolist()],
+                "loss": run.losses.numpy().round(6),
+                "difference": [float(f"{value:.2e}") for value in difference],
             }
             tables.append(pd.DataFrame(columns))
-    return pd.concat(tables).astype({"loss": float, "difference": float})
+    return pd.concat(tables)
 
 
-def worst_exact_difference(summary: pd.DataFrame) -> float:
+def worst_exact_difference(runs: Mapping[Key, Run]) -> float:
     """The largest relative difference of a loss in float64, of the arms that promise none."""
-    exact = [name for name, arm in ARMS.items() if arm.exact]
-    rows = summary[(summary["dtype"] == "float64") & summary.arm.isin(exact)]
-    return float(rows.largest_loss_difference.max(skipna=False)) if len(rows) else 0.0
+    differences = [
+        relative_difference(run, runs[key._replace(arm=REFERENCE)])
+        for key, run in runs.items()
+        if key.dtype == "float64" and ARMS[key.arm].exact
+    ]
+    return torch.stack(differences).max().item()
 
 
 def summary_text(summary: pd.DataFrame) -> str:

@@ -58,7 +58,9 @@ def train(
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 - step / steps) ** DECAY
+    )
     share = arm.shares[place.rank] / BATCH
     losses = torch.zeros(steps, dtype=torch.float64, device=place.device)
     for step, batch in enumerate(batches(len(images.pixels), seed, steps)):

@@ -47,9 +47,7 @@ class _Averaging(nn.BatchNorm2d):
 
 
 class AveragedVariances(_Averaging):
-    """Takes the mean of the ranks' variances for the variance of all: the spread of the ranks' means
-    is lost.
-    """
+    """Takes the mean of the ranks' variances for that of all: the spread of their means is lost."""
 
     def statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The averages of both."""
