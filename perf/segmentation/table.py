@@ -35,7 +35,6 @@ def summary_table(runs: Mapping[Key, Run]) -> pd.DataFrame:
         rows.append(
             {
                 **key._asdict(),
-                "ranks": len(ARMS[key.arm].shares),
                 "steps": len(run.losses),
                 "final_loss": run.losses[-LAST_STEPS:].mean().item(),
                 "mean_iou": run.mean_iou,
