@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     prepare()
     frame = measure(options.seeds)
+    where = environment(torch.device("cpu"), len(SIZES))  # before it has changes: the pictures
     files = write_pictures(lambda theme: draw(frame, theme), options.out, "cancellation")
-    where = environment(torch.device("cpu"), len(SIZES))
     frame.assign(**where).to_csv(options.out / "cancellation.csv", index=False, float_format="%.3g")
     print(frame.to_string(index=False, float_format="{:.2g}".format))
     print(f"Pictures: {', '.join(files)}")
