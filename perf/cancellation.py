@@ -72,7 +72,7 @@ def draw(frame: pd.DataFrame, theme: Theme) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         "triton_syncbn": {"color": theme.ours, "marker": "o", "linewidth": 2.2, "zorder": 3},
         "torch.nn.BatchNorm2d": {"color": theme.other, "marker": "s"},
         "gather of mean and 1/std": {"color": theme.torch, "marker": "^", "linestyle": "--"},

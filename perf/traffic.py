@@ -18,7 +18,7 @@ CHANNELS = 512
 WORLD_SIZES = [2**power for power in range(1, 11)]
 GATE = 1 / 16  # one bit an element, in units of a bfloat16 map
 # Maps that each kernel reads and writes, where input and output of the convolution are as large.
-BLOCK = {
+BLOCK: dict[tuple[str, str], dict[str, float]] = {
     ("forward", "eager"): {
         "convolution": 2,
         "statistics": 1,

@@ -50,7 +50,7 @@ def write_pictures(draw: Callable[[Theme], Any], folder: pathlib.Path, name: str
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for theme_name, theme in THEMES.items():
-        settings = {
+        settings: dict[Any, Any] = {
             "font.size": 9,
             "axes.titlesize": 9.5,
             "axes.spines.top": False,

@@ -13,7 +13,7 @@ from segmentation.data import SIZE, Data
 
 SMOOTHED_OVER = 10  # steps of a loss curve
 SHOWN = ("SyncBN, 8 x 1", "BatchNorm, 8 x 1", "fixed statistics, lr / 10")
-IMAGES_SHOWN = (0, 1)
+IMAGES_SHOWN = (0, 4)
 ENLARGED = 4  # of predictions, so that no viewer smooths them
 CLASS_COLORS = np.array([[89, 99, 110], [64, 156, 255], [255, 153, 51]], np.uint8)  # none, 0, 1
 
@@ -36,7 +36,7 @@ def draw_results(
     """Loss curves of the first seed and mean IoU of all, float32; below, what some arms predict."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    figure: Any = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3.0, 2.6))
     for part in (above, below):
         part.set_facecolor(theme.page)
@@ -77,7 +77,7 @@ def _draw_scores(axes: Any, summary: pd.DataFrame, theme: Theme) -> None:
     scores = summary.groupby("arm", sort=False).mean_iou.mean()[::-1]
     colors = [color_of(arm, theme) for arm in scores.index]
     bars = axes.barh(scores.index, 100 * scores, color=colors, height=0.72)
-    axes.bar_label(bars, fmt=" %.1f", fontsize=8)
+    axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=12)
     positions = {arm: place for place, arm in enumerate(scores.index)}
     if summary.seed.nunique() > 1:
         places = [positions[arm] for arm in summary.arm]
@@ -101,7 +101,7 @@ def _draw_predictions(figure: Any, predictions: Mapping[str, Tensor], data: Data
             axes.imshow(enlarged, interpolation="none", extent=(0, SIZE, 0, SIZE))
             axes.set_axis_off()
             if index == IMAGES_SHOWN[0]:
-                axes.set_title(title.replace(" statistics, ", "\nstatistics, "), fontsize=8.5)
+                axes.set_title(title.replace(" statistics, ", " statistics,\n"), fontsize=8.5)
 
 
 def draw_differences(losses: pd.DataFrame, theme: Theme) -> Any:

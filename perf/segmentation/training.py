@@ -110,6 +110,6 @@ def mean_iou(predictions: Tensor, labels: Tensor) -> float:
 def statistics_of(network: nn.Module) -> Tensor:
     """Running means, then variances, of all layers."""
     layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    means = [layer.running_mean for layer in layers]
-    variances = [layer.running_var for layer in layers]
-    return torch.cat([*means, *variances]).double()  # type: ignore[arg-type]
+    buffers: list[Any] = [layer.running_mean for layer in layers]
+    buffers += [layer.running_var for layer in layers]
+    return torch.cat(buffers).double()
