@@ -8,14 +8,11 @@ from torch import Tensor
 from segmentation.data import CLASSES
 
 
-# Smooth: where an argument of ReLU falls on the other side of 0 by a last digit, its gradient jumps,
-# and rounding grows into another training.
-_Activation = nn.SiLU
-
-
 def _block(channels: int, output_channels: int, stride: int = 1) -> nn.Sequential:
+    # A smooth activation: where an argument of ReLU falls on the other side of 0 by its last digit,
+    # a gradient jumps, and rounding grows into another training.
     convolution = nn.Conv2d(channels, output_channels, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(output_channels), _Activation())
+    return nn.Sequential(convolution, nn.BatchNorm2d(output_channels), nn.SiLU())
 
 
 def _stage(channels: int, output_channels: int, stride: int) -> nn.Sequential:
