@@ -22,7 +22,7 @@ for command in sys.stdin.read().splitlines():
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             runpy.run_path(sys.argv[0], run_name="__main__")
-    except (AssertionError, AttributeError, RuntimeError) as error:
+    except (AssertionError, AttributeError, RuntimeError, SystemExit) as error:
         print(f"{command} => {error}")
 """
 
