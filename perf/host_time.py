@@ -180,8 +180,8 @@ def measure(turns: list[Turn], repeats: int, rounds: int) -> pd.DataFrame:
                     found.append(time.perf_counter_ns() - start)
     rows = pd.DataFrame([turn[:3] for turn in turns], columns=KEYS)
     rows["us"] = np.percentile(times, 25, axis=1) / 1e3
-    theirs = rows[rows.layer == THEIRS].set_index(KEYS[:2]).us
-    rows["ratio"] = [row.us / theirs[row.layout, row.work] for row in rows.itertuples()]
+    theirs = rows.us.where(rows.layer == THEIRS).groupby([rows.layout, rows.work])
+    rows["ratio"] = rows.us / theirs.transform("max")
     return rows
 
 
@@ -190,15 +190,15 @@ def regressions(rows: pd.DataFrame, baseline: pd.DataFrame) -> list[str]:
 
     Raises ValueError if the earlier run has no such rows.
     """
-    both = rows.merge(baseline, on=KEYS, suffixes=("", "_before"))
-    both = both[both.layer.isin((OURS, LIBRARY))]
+    ours = rows[rows.layer.isin((OURS, LIBRARY))]
+    both = ours.merge(baseline, on=KEYS, suffixes=("", "_before"))
     if both.empty:
         raise ValueError("--baseline: expected rows of the same layouts, got none")
+    slower = both[both.ratio > both.ratio_before * WORSE]
     return [
         f"SLOWER: {row.layout}, {row.work}, {row.layer}: "
         f"{row.ratio:.2f} of torch's, was {row.ratio_before:.2f}"
-        for row in both.itertuples()
-        if row.ratio > row.ratio_before * WORSE
+        for row in slower.itertuples()
     ]
 
 
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
                     for _ in range(1000 * (turn.layer == OURS and turn.work == WORKS[0])):
                         turn.call()
             pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-    print(rows.to_string(index=False, float_format="%.2f"))
+    print(rows.to_string(index=False, float_format="{:.2f}".format))
     if options.csv is not None:
         rows.to_csv(options.csv, index=False)
     slower = [] if baseline is None else regressions(rows, baseline)

@@ -41,7 +41,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """As `apply`, which first looks for arguments that torch.func has left behind."""
         if torch.compiler.is_compiling():
             return cls.apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
     @staticmethod
     def forward(

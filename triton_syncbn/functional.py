@@ -88,15 +88,18 @@ def sync_batch_norm(
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
     group = _group_to_synchronize(process_group, training, input)
-    if num_batches_tracked is not None and not (
+    if num_batches_tracked is None:
+        if momentum is None and training and running_mean is not None:
+            raise ValueError(
+                "num_batches_tracked: expected a tensor, as momentum is None; got None"
+            )
+    elif not (
         type(num_batches_tracked) is Tensor
         and num_batches_tracked.dtype == torch.int64
         and num_batches_tracked.numel() == 1
         and num_batches_tracked.device == input.device
     ):  # wrong, or unusual
         _check_counter(num_batches_tracked, input)
-    elif momentum is None and training and running_mean is not None:
-        raise ValueError("num_batches_tracked: expected a tensor, as momentum is None; got None")
     if eps < 0.0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
 
