@@ -158,16 +158,23 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
         return torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
     of_moments, of_gradients = LONGEST_CHAIN[8 if dtype == torch.float64 else input.itemsize]
     if grad_output is None:
-        takes_all = shift is None and _longest_chain(input) <= of_moments
+        pieces = _pieces(input, of_moments) if shift is None else 0
     else:
-        takes_all = grad_output.dtype == input.dtype and _longest_chain(input) <= of_gradients
-    if takes_all:
+        pieces = _pieces(input, of_gradients) if grad_output.dtype == input.dtype else 0
+    if pieces:
         map = input.double() if dtype == torch.float64 else input
         grads = map if grad_output is None else grad_output.to(map.dtype)
-        mean = _vector(channels, 0.0, dtype) if shift is None else shift
-        one = _vector(channels, 1.0, dtype)
+        one, zero = (_vector(channels * pieces, value, dtype) for value in (1.0, 0.0))
+        mean = zero if shift is None else shift
+        if pieces > 1:
+            map, grads = (each.view(len(input), channels * pieces, -1) for each in (map, grads))
+            mean = zero if shift is None else shift.repeat_interleave(pieces)
         settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
-        return _batch_norm_backward(grads, map, *settings)[:0:-1]
+        _, second, first = _batch_norm_backward(grads, map, *settings)
+        if pieces == 1:
+            return first, second
+        first, second = (each.view(channels, -1) for each in (first, second))
+        return first.sum(1, dtype=torch.float64), second.sum(1, dtype=torch.float64)
     sums: Any = None
     for values, grad in _blocks(input, grad_output):
         deviations = _wide(values, dtype, shift)
@@ -178,13 +185,20 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
     return sums
 
 
-def _longest_chain(input: Tensor) -> float:
-    """Terms that the backward of torch's batch norm adds up one by one."""
+def _pieces(input: Tensor, longest: int) -> int:
+    """Pieces of a row, of which the backward of torch's batch norm adds up as many terms one by one
+    at most; or 0 if there are none.
+    """
     values = input.numel() // input.shape[1]
     row = values // input.shape[0]
-    if row > 1 and input.is_contiguous():
-        return (values if input.itemsize == 2 else row) // LANES  # in half precision over all rows
-    return values if input.dim() == 4 else math.inf  # in columns; else it is not as said here
+    if (
+        row == 1 or not input.is_contiguous()
+    ):  # a column; with 4 dimensions, or torch goes otherwise
+        return int(input.dim() == 4 and values <= longest)
+    if input.itemsize == 2:  # chains go on over all rows of a channel
+        return int(values <= longest * LANES)
+    least = -(-row // (longest * LANES))
+    return next((n for n in range(least, 8 * least) if row % n == 0), 0)
 
 
 def _sum(map: Tensor) -> Tensor:
