@@ -10,26 +10,22 @@ What is made on the way lies in buffers that a thread keeps: fresh pages cost mo
 
 import functools
 import math
-import threading
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cpu_memory import blocks, buffer, wide
 from .cpu_statistics import Statistics, statistics_of
 from .operands import NOT_TRACKED, RunningStatistics
 
 SMALL = 1 << 13  # elements up to which float64 costs nothing, as measured
-BLOCK = 1 << 20  # elements of a block of samples: 4 MiB of float32, which a shared cache holds
-LARGEST_KEPT = 4 * BLOCK  # elements of a buffer that a thread keeps
 # Terms of a chain, for moments and for their gradients, by the bytes of a term. Terms of half
 # precision have so few digits that more are added up without a rounding, and products of gradients
 # have both signs; float64 has digits to spare, but not for moments, which cancel.
 LONGEST_CHAIN = {2: (64, 2048), 4: (32, 32), 8: (64, SMALL)}
 LANES = 16  # of a vector register: torch has a chain for each, along a row
 LONGEST_PART = 256  # values that torch.sum adds up before the sums are added in float64
-_kept = threading.local()  # the buffers of a thread, which is in one step at a time
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
@@ -139,12 +135,12 @@ def _batch_norm(
     output, none = torch.empty_like(input), _vector(0, 0.0, dtype)
     # torch takes half precision as well, and rounds at the end: before anything can be added
     takes_all = dtype == torch.float32 and shift is None and grad_output is None
-    for values, grad, result in _blocks(input, grad_output, output):
-        deviations = values if takes_all else _wide(values, dtype, shift)
+    for values, grad, result in blocks(input, grad_output, output):
+        deviations = values if takes_all else wide(values, dtype, shift)
         target = result if takes_all or result.dtype == dtype else deviations
         torch.native_batch_norm(deviations, *settings, out=(target, none, none))
         if scale is not None:
-            target.addcmul_(_wide(grad, dtype, None, 1) if grad.itemsize == 2 else grad, scale)
+            target.addcmul_(wide(grad, dtype, None, 1) if grad.itemsize == 2 else grad, scale)
         if target is not result:
             result.copy_(target)
     return output
@@ -157,33 +153,47 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
         return torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
     of_moments, of_gradients = LONGEST_CHAIN[8 if dtype == torch.float64 else input.itemsize]
     if grad_output is None:
-        takes_all = shift is None and _longest_chain(input) <= of_moments
+        pieces = _pieces(input, of_moments) if shift is None else 0
     else:
-        takes_all = grad_output.dtype == input.dtype and _longest_chain(input) <= of_gradients
-    if takes_all:
+        pieces = _pieces(input, of_gradients) if grad_output.dtype == input.dtype else 0
+    if pieces:
         map = input.double() if dtype == torch.float64 else input
         grads = map if grad_output is None else grad_output.to(map.dtype)
-        mean = _vector(channels, 0.0, dtype) if shift is None else shift
-        one = _vector(channels, 1.0, dtype)
+        one, zero = (_vector(channels * pieces, value, dtype) for value in (1.0, 0.0))
+        mean = zero if shift is None else shift
+        if pieces > 1:
+            map, grads = (each.view(len(input), channels * pieces, -1) for each in (map, grads))
+            mean = zero if shift is None else shift.repeat_interleave(pieces)
         settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
-        return _batch_norm_backward(grads, map, *settings)[:0:-1]
+        _, second, first = _batch_norm_backward(grads, map, *settings)
+        if pieces == 1:
+            return first, second
+        first, second = (each.view(channels, -1) for each in (first, second))
+        return first.sum(1, dtype=torch.float64), second.sum(1, dtype=torch.float64)
     sums: Any = None
-    for values, grad in _blocks(input, grad_output):
-        deviations = _wide(values, dtype, shift)
-        grad = deviations if grad_output is None else _wide(grad, dtype, None, 1)
-        target = _buffer(values, dtype) if deviations is values else deviations
+    for values, grad in blocks(input, grad_output):
+        deviations = wide(values, dtype, shift)
+        grad = deviations if grad_output is None else wide(grad, dtype, None, 1)
+        target = buffer(values, dtype) if deviations is values else deviations
         first, second = _sum(grad), _sum(torch.mul(deviations, grad, out=target))
         sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
     return sums
 
 
-def _longest_chain(input: Tensor) -> float:
-    """Terms that the backward of torch's batch norm adds up one by one."""
+def _pieces(input: Tensor, longest: int) -> int:
+    """Pieces of a row, of which the backward of torch's batch norm adds up as many terms one by one
+    at most; or 0 if there are none.
+    """
     values = input.numel() // input.shape[1]
     row = values // input.shape[0]
-    if row > 1 and input.is_contiguous():
-        return (values if input.itemsize == 2 else row) // LANES  # in half precision over all rows
-    return values if input.dim() == 4 else math.inf  # in columns; else it is not as said here
+    if (
+        row == 1 or not input.is_contiguous()
+    ):  # a column; with 4 dimensions, or torch goes otherwise
+        return int(input.dim() == 4 and values <= longest)
+    if input.itemsize == 2:  # chains go on over all rows of a channel
+        return int(values <= longest * LANES)
+    least = -(-row // (longest * LANES))
+    return next((n for n in range(least, 8 * least) if row % n == 0), 0)
 
 
 def _sum(map: Tensor) -> Tensor:
@@ -207,39 +217,6 @@ def _parts(shape: torch.Size, is_contiguous: bool) -> tuple[Any, ...]:
     if parts == 1:
         return (values, channels), (channels, 1), 0, ()
     return (parts, part, channels), (part * channels, channels, 1), 1, (0,)
-
-
-def _wide(map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: int = 0) -> Tensor:
-    """A map, less a shift of each channel, in the precision of the arithmetic."""
-    if shift is None and (map.dtype == dtype or dtype == torch.float64):
-        return map.to(dtype)
-    buffer = _buffer(map, dtype, index)
-    if shift is None:
-        return buffer.copy_(map)
-    shift = shift.view(-1, *[1] * (map.dim() - 2))
-    if map.dtype == dtype:
-        return torch.sub(map, shift, out=buffer)
-    return buffer.copy_(map).sub_(shift)
-
-
-def _buffer(map: Tensor, dtype: torch.dtype, index: int = 0) -> Tensor:
-    """Memory for a map, with whatever is in it."""
-    kept: dict[Any, Tensor | None] = vars(_kept)
-    memory, elements = kept.get((dtype, index)), map.numel()
-    if memory is None or memory.numel() < elements:
-        with torch.inference_mode(False):  # in which it may be made, and not be used afterwards
-            memory = torch.empty(elements, dtype=dtype, device="cpu")
-        kept[dtype, index] = memory if elements <= LARGEST_KEPT else None
-    return memory.as_strided(map.shape, map.stride())
-
-
-def _blocks(input: Tensor, *others: Tensor | None) -> Iterable[Sequence[Any]]:
-    """Some samples of each map at a time."""
-    maps = [input, *(input if map is None else map for map in others)]
-    samples, elements = input.shape[0], input.numel()
-    if elements <= BLOCK or samples == 1:
-        return (maps,) if elements else ()
-    return zip(*(map.split(max(BLOCK * samples // elements, 1)) for map in maps), strict=True)
 
 
 @functools.lru_cache(maxsize=128)

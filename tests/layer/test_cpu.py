@@ -10,7 +10,7 @@ from tests.support import oracle
 from tests.support.exactness import NOISE, faults
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import EPS, run_steps
-from triton_syncbn import cpu, cpu_statistics, ops, reference
+from triton_syncbn import cpu, cpu_memory, cpu_statistics, ops, reference
 from triton_syncbn.operands import RunningStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -29,7 +29,7 @@ SMALLEST_BLOCK = (
 def way(request, monkeypatch):
     """How tensors are treated, whatever their size."""
     monkeypatch.setattr(cpu, "SMALL", 1 << 62 if request.param == "small" else 0)
-    monkeypatch.setattr(cpu, "BLOCK", SMALLEST_BLOCK)
+    monkeypatch.setattr(cpu_memory, "BLOCK", SMALLEST_BLOCK)
     return request.param
 
 
@@ -196,7 +196,7 @@ def test_several_threads_compute_the_same():
 
 
 def test_buffers_outlive_inference_mode_and_a_default_device(monkeypatch):
-    monkeypatch.setattr(cpu, "_kept", type(cpu._kept)())
+    monkeypatch.setattr(cpu_memory, "_kept", type(cpu_memory._kept)())
     tensors = operands((4, 3, 20, 20), torch.bfloat16, LAYOUTS[0])
     with torch.inference_mode(), torch.device("meta"):
         sums = torch.zeros(6, dtype=torch.float64, device="cpu")
