@@ -64,7 +64,8 @@ def environments(options: argparse.Namespace) -> Iterator[tuple[str, Environment
     """A name and its environment, or why there is none."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     wanted: dict[str, tuple[list[str], tuple[str, ...]]] = {}
-    for version in options.triton or [name.removeprefix("triton-") for name in groups]:
+    tritons = [] if options.torch or options.python else [name[len("triton-") :] for name in groups]
+    for version in tritons if options.triton is None else options.triton:
         wanted[f"triton-{version}"] = (groups[f"triton-{version}"], ())
     for version in options.torch:
         requirement = f"torch=={version}+cpu"
@@ -109,7 +110,11 @@ def outcome(environment: Environment, arguments: list[str]) -> tuple[str, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--triton", nargs="*", help="versions such as 3.9; all that are declared")
+    parser.add_argument(
+        "--triton",
+        nargs="*",
+        help="versions such as 3.9; by default all, unless others are asked for",
+    )
     parser.add_argument("--torch", nargs="*", default=[], help="versions such as 2.12.0")
     parser.add_argument("--python", nargs="*", default=[], help="of environments that are there")
     parser.add_argument("--tests", nargs="*", default=ESSENTIALS, help="what pytest is given")

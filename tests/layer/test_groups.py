@@ -137,19 +137,13 @@ WAYS = {
 
 def gradients_in_pairs(rank, world_size, inputs):
     group = pair_of(rank)
-    return {
-        name: way(
-            SyncBN(
-                3,
-                activation=activation,
-                track_running_stats=False,
-                process_group=group,
-                dtype=torch.float64,
-            ),
-            inputs[rank].clone().requires_grad_(),
-        )
-        for name, (activation, way) in WAYS.items()
-    }
+    gradients = {}
+    for name, (activation, way) in WAYS.items():
+        settings = {"activation": activation, "process_group": group, "dtype": torch.float64}
+        layer = SyncBN(3, track_running_stats=False, **settings)
+        layer.layer_name = name  # that of its number differs where ranks have made other layers
+        gradients[name] = way(layer, inputs[rank].clone().requires_grad_())
+    return gradients
 
 
 @pytest.mark.filterwarnings("ignore")  # of selective checkpoints and of the compiler
