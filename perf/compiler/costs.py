@@ -46,9 +46,9 @@ def scaled_to_execute(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     while samples * channels * math.prod(sizes) > MOST_ELEMENTS:
         longest = sizes.index(max(sizes))
         halves = samples * channels % (2 * FEWEST_ROWS) == 0
-        if halves and channels % 2 == 0:
-            channels //= 2
-        elif halves:
+        if channels >= 4 and (samples % FEWEST_ROWS == 0 or (halves and channels % 2 == 0)):
+            channels //= 2  # but two stay: samples of a single channel would be one row
+        elif halves and samples % 2 == 0:
             samples //= 2
         elif sizes[longest] >= 2 * FEWEST_ROWS:
             sizes[longest] = FEWEST_ROWS + sizes[longest] % FEWEST_ROWS
