@@ -8,15 +8,16 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --
 ENVIRONMENT := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python3
 
-.PHONY: help compare gpu tune test test-gpu soak architectures executed accuracy sanitize lint format clean
+.PHONY: help compare gpu tune test test-gpu soak versions architectures executed accuracy sanitize lint format clean
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
-	@echo "make gpu OUT=folder   on a machine with a GPU: its tests, the whole comparison and plots, into a folder"
+	@echo "make gpu OUT=folder   on a machine with a GPU: its tests, the comparisons, tuning, into a folder; ARGS=--list"
 	@echo "make tune      find configs for the GPU of this machine; ARGS='--resume --budget 30' goes on for half an hour"
 	@echo "make test      run the tests that need no GPU; ARGS='tests/layer/test_accuracy.py --drawn 1000' draws so many cases"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make soak      train many layers for many steps in four processes"
+	@echo "make versions  run the essentials on each Triton; ARGS='--torch 2.12.0' on a torch, ARGS='--python bin/python' where that is"
 	@echo "make architectures   compile every kernel for every architecture: registers, spills, widths"
 	@echo "make executed  execute what is compiled for each architecture; ARGS='--mutations 100' changes it: is it noticed?"
 	@echo "make accuracy  write tests/ACCURACY.md"
@@ -36,22 +37,8 @@ help:
 compare: $(ENVIRONMENT)
 	$(RUN) perf/compare.py --csv build/compare/rows.csv --plots build/compare $(ARGS)
 
-# All of it runs, whatever the first parts say; the exit status is that of what failed.
 gpu: $(ENVIRONMENT)
-	@test -n "$(OUT)" || { echo "make gpu: say where to write: make gpu OUT=folder"; exit 2; }
-	@$(RUN) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || \
-		{ echo "make gpu: expected a GPU, found none"; exit 2; }
-	@mkdir -p "$(OUT)"
-	@status=0; \
-	$(RUN) -m pytest -m gpu > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
-	tail -n 20 "$(OUT)/tests.txt"; \
-	$(RUN) perf/compare.py --csv "$(OUT)/rows.csv" --plots "$(OUT)" $(ARGS) \
-		> "$(OUT)/compare.txt" || status=$$?; \
-	cat "$(OUT)/compare.txt"; \
-	$(RUN) perf/compare.py --scale --csv "$(OUT)/scale.csv" --plots "$(OUT)" || status=$$?; \
-	$(RUN) perf/compare.py --model resnet50 deeplab --dtype bf16 --layout channels_first \
-		--samples 30 --csv "$(OUT)/models.csv" || status=$$?; \
-	exit $$status
+	@$(RUN) perf/on_gpu.py $(OUT) $(ARGS)
 
 tune: $(ENVIRONMENT)
 	$(RUN) perf/tune.py $(ARGS)
@@ -64,6 +51,9 @@ test-gpu: $(ENVIRONMENT)
 
 soak: $(ENVIRONMENT)
 	$(RUN) -m pytest tests/layer/test_soak.py --soak-steps 300 $(ARGS)
+
+versions: $(ENVIRONMENT)
+	$(RUN) -m tests.versions $(ARGS)
 
 architectures: $(ENVIRONMENT)
 	$(RUN) perf/architectures.py $(ARGS)

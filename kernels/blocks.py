@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from triton_syncbn.activations import ACTIVATIONS
+from triton_syncbn.operands import BlockOperands
 
 
 class Block(NamedTuple):
@@ -31,14 +32,9 @@ class Block(NamedTuple):
 BATCH_NORM_ALONE = Block(None, None, 0.0, False, False, 0)
 
 
-def block_of(
-    activation: str | None,
-    slope: float,
-    input: torch.Tensor,
-    residual: torch.Tensor | None,
-    gates: torch.Tensor | None,
-) -> Block:
-    """The block of an activation and these tensors; how many gates a byte has is seen."""
+def block_of(operands: BlockOperands, input: torch.Tensor) -> Block:
+    """The block of these operands; how many gates a byte has is seen."""
+    activation, slope, residual, gates, *_ = operands
     if activation is None and residual is None:
         return BATCH_NORM_ALONE
     gates_of_byte = 0

@@ -56,27 +56,42 @@ def add_splits(first, second, partials, arrivals, part, channel, sizes):
     return first, second, holds_totals
 
 
-_arrivals: dict[tuple[int | None, int], torch.Tensor] = {}
+# Partial sums that are kept for the next launch on a stream, 1 MiB: it takes longer to add up more
+# than to allocate it.
+MOST_KEPT = 1 << 17
+_kept: dict[tuple[int | None, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 def workspace(
     input: torch.Tensor, channels: int, blocks: int, splits: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The `partials` and `arrivals` of one launch, or None and None where no channel is shared.
+    They may be larger than that.
 
     Launches on one stream run one after the other and leave `arrivals` at zero, so a stream keeps
-    one tensor. A launch that is captured in a CUDA graph may be replayed beside others and gets its
-    own, zeroed within the graph.
+    one of each. A launch that is captured in a CUDA graph may be replayed beside others and gets
+    its own, zeroed within the graph.
     """
     if splits == 1:
         return None, None
-    partials = torch.empty((splits, 2, channels), dtype=torch.float64, device=input.device)
-    if input.is_cuda and torch.cuda.is_current_stream_capturing():
-        return partials, torch.zeros(blocks, dtype=torch.int32, device=input.device)
-    index = input.device.index
-    key = index, driver.active.get_current_stream(index) if input.is_cuda else 0
-    arrivals = _arrivals.get(key)
-    if arrivals is None or arrivals.numel() < blocks:
-        arrivals = torch.zeros(blocks, dtype=torch.int32, device=input.device)
-        _arrivals[key] = arrivals
+    size = 2 * splits * channels
+    index = stream = None
+    if input.is_cuda:
+        index = input.device.index
+        stream = driver.active.get_current_stream(index)
+        if torch.cuda.is_current_stream_capturing():
+            return _new_workspace(input, size, blocks)
+    partials, arrivals = _kept.get((index, stream), (None, None))
+    if partials is None or arrivals is None or arrivals.numel() < blocks:
+        partials, arrivals = _new_workspace(input, MOST_KEPT, blocks)
+        _kept[index, stream] = partials, arrivals
+    if size > MOST_KEPT:
+        partials = input.new_empty(size, dtype=torch.float64)
     return partials, arrivals
+
+
+def _new_workspace(
+    input: torch.Tensor, size: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    partials = input.new_empty(size, dtype=torch.float64)
+    return partials, input.new_zeros(blocks, dtype=torch.int32)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_syncbn.operands import LAYER_ALONE, BlockOperands
+
 from .blocks import (
     before_activation,
     block_of,
@@ -17,8 +19,9 @@ from .blocks import (
     load_gates,
     load_residual,
 )
-from .indexing import Sizes, geometry
-from .launch_config import LaunchConfig, tiling, writer_programs
+from .indexing import Sizes
+from .launch import launch, plan_of
+from .launch_config import LaunchConfig
 from .output_indexing import (
     channels_of_walk,
     load_for_the_last_time,
@@ -35,7 +38,6 @@ from .statistics import (
     split_high_low,
     statistics_of_layer,
 )
-from .tuned_configs import lookup
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "columns", "splits", "reciprocal"])
@@ -120,52 +122,40 @@ def grad_input(
     grad_moments: torch.Tensor | None,
     weight: torch.Tensor | None,
     eps: float,
-    *,
-    bias: torch.Tensor | None = None,
-    running_mean: torch.Tensor | None = None,
-    running_var: torch.Tensor | None = None,
-    grad_residual: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    gates: torch.Tensor | None = None,
-    activation: str | None = None,
-    activation_slope: float = 0.0,
+    block: BlockOperands = LAYER_ALONE,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Gradient of the input, like the input (N, C, *spatial); grad_output lies in memory as the
     input does.
 
     moments: float64 [2C + 1] and grad_moments: float64 [2C], both of the global batch; or both None
-    where the running statistics were used. weight: [C] or None. bias, residual and gates are needed
-    for an activation; the gradient before it is written to grad_residual, if that is given.
+    where the running statistics were used. weight: [C] or None. block: what follows; the gradient
+    before its activation is written to its grad_residual, if there is one.
     """
-    shape = geometry(input)
-    wide = residual is not None or gates is not None
-    config = config or lookup("grad_input", shape, input.dtype, input.device, wide)
+    residual, gates = block.residual, block.gates
+    plan = plan_of("grad_input", input, config, residual is not None or gates is not None)
     output = torch.empty_like(input)
-    programs, reciprocal = writer_programs(shape, config)
     if input.numel() == 0:
         return output
-    grad_input_kernel[(programs,)](
-        output,
-        grad_output,
-        input,
-        moments,
-        grad_moments,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        grad_residual,
-        residual,
-        gates,
-        eps,
-        shape.rows,
-        shape.channels,
-        shape.columns,
-        config.splits,
-        reciprocal,
-        TILING=tiling(shape, config, input.dtype, writes_map=True),
-        BLOCK=block_of(activation, activation_slope, input, residual, gates),
-        num_warps=config.num_warps,
+    launch(
+        grad_input_kernel,
+        plan.programs,
+        plan,
+        (
+            output,
+            grad_output,
+            input,
+            moments,
+            grad_moments,
+            weight,
+            block.bias,
+            block.running.mean,
+            block.running.var,
+            block.grad_residual,
+            residual,
+            gates,
+        ),
+        (eps,),
+        BLOCK=block_of(block, input),
     )
     return output

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_syncbn.operands import LAYER_ALONE, BlockOperands
+
 from .blocks import (
     before_activation,
     block_of,
@@ -21,13 +23,13 @@ from .combine import add_splits, part_of_program, workspace
 from .indexing import (
     Sizes,
     channels_of_block,
-    geometry,
     locate_tile,
     mask_of_channel,
     sum_over_values,
     tiles_of_block,
 )
-from .launch_config import LaunchConfig, reduction_blocks, tiling
+from .launch import launch, plan_of
+from .launch_config import LaunchConfig
 from .statistics import (
     convert_to,
     inverse_root,
@@ -35,7 +37,6 @@ from .statistics import (
     split_high_low,
     statistics_of_layer,
 )
-from .tuned_configs import lookup
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "columns", "splits"])
@@ -129,60 +130,44 @@ def grad_moments(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     eps: float,
-    *,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    running_mean: torch.Tensor | None = None,
-    running_var: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    gates: torch.Tensor | None = None,
-    activation: str | None = None,
-    activation_slope: float = 0.0,
+    block: BlockOperands = LAYER_ALONE,
     config: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over the gradient of (N, C, *spatial), which lies in memory as the input does; N may be
     0.
 
     moments: float64 [2C + 1], of the global batch; or None where the running statistics were used.
-    weight, bias, residual and gates are needed for an activation, whose gradient is taken first.
-    Returns float64 [2C], sum(dy) of each channel
-    and sum(dy * xhat) of each channel; the gradient of weight, [C] of weight_dtype; that of bias,
-    [C] of bias_dtype. A gradient whose dtype is None is not made: its tensor is empty.
+    block: what follows; the gradient of an activation is taken first. Returns float64 [2C], sum(dy)
+    of each channel and sum(dy * xhat) of each channel; the gradient of weight, [C] of weight_dtype;
+    that of bias, [C] of bias_dtype. A gradient whose dtype is None is not made: its tensor is
+    empty.
     """
-    shape = geometry(input)
-    wide = residual is not None or gates is not None
-    config = config or lookup("grad_moments", shape, input.dtype, input.device, wide)
-    blocks = reduction_blocks(shape, config)
-    output = torch.empty(2 * shape.channels, dtype=torch.float64, device=input.device)
-    grad_weight = torch.empty(
-        shape.channels if weight_dtype else 0, dtype=weight_dtype, device=input.device
-    )
-    grad_bias = torch.empty(
-        shape.channels if bias_dtype else 0, dtype=bias_dtype, device=input.device
-    )
-    partials, arrivals = workspace(input, shape.channels, blocks, config.splits)
-    grad_moments_kernel[(blocks * config.splits,)](
-        output,
-        grad_weight if weight_dtype else None,
-        grad_bias if bias_dtype else None,
-        grad_output,
-        input,
-        moments,
-        partials,
-        arrivals,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        residual,
-        gates,
-        eps,
-        shape.rows,
-        shape.channels,
-        shape.columns,
-        config.splits,
-        TILING=tiling(shape, config, input.dtype),
-        BLOCK=block_of(activation, activation_slope, input, residual, gates),
-        num_warps=config.num_warps,
+    residual, gates = block.residual, block.gates
+    plan = plan_of("grad_moments", input, config, residual is not None or gates is not None)
+    channels = input.shape[1]
+    output = input.new_empty(2 * channels, dtype=torch.float64)
+    grad_weight = input.new_empty(channels if weight_dtype else 0, dtype=weight_dtype)
+    grad_bias = input.new_empty(channels if bias_dtype else 0, dtype=bias_dtype)
+    launch(
+        grad_moments_kernel,
+        plan.programs,
+        plan,
+        (
+            output,
+            grad_weight if weight_dtype else None,
+            grad_bias if bias_dtype else None,
+            grad_output,
+            input,
+            moments,
+            *workspace(input, channels, plan.blocks, plan.splits),
+            block.weight,
+            block.bias,
+            block.running.mean,
+            block.running.var,
+            residual,
+            gates,
+        ),
+        (eps,),
+        BLOCK=block_of(block, input),
     )
     return output, grad_weight, grad_bias

@@ -10,7 +10,6 @@ channels-first memory samples x positions of one channel. The columns of a tile 
 memory.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -48,11 +47,11 @@ class Geometry(NamedTuple):
 
 def geometry(tensor: torch.Tensor) -> Geometry:
     """See a tensor (N, C, *spatial), dense in either layout, as rows and columns."""
-    return _geometry_of(tensor.shape, tensor.is_contiguous(), tensor.element_size())
+    return geometry_of(tensor.shape, tensor.is_contiguous(), tensor.element_size())
 
 
-@functools.lru_cache(maxsize=4096)
-def _geometry_of(sizes: torch.Size, contiguous: bool, item_size: int) -> Geometry:
+def geometry_of(sizes: torch.Size, contiguous: bool, item_size: int) -> Geometry:
+    """The same, of its sizes, layout and bytes of an element."""
     samples, channels = sizes[:2]
     positions = math.prod(sizes[2:])
     widest = VECTOR_BYTES // item_size

@@ -44,7 +44,6 @@ class LaunchConfig(NamedTuple):
     num_warps: int
 
 
-@functools.lru_cache(maxsize=4096)
 def tiling(
     shape: Geometry, config: LaunchConfig, dtype: torch.dtype, *, writes_map: bool = False
 ) -> Tiling:
@@ -173,7 +172,6 @@ def half_tile(shape: Geometry, config: LaunchConfig) -> LaunchConfig:
     return config._replace(block_columns=max(config.block_columns // 2, 8, shape.vector))
 
 
-@functools.lru_cache(maxsize=4096)
 def reduction_blocks(shape: Geometry, config: LaunchConfig) -> int:
     """Channels, or blocks of channels, that are reduced apart from each other."""
     if shape.channels_last:
@@ -188,7 +186,6 @@ def reduction_blocks(shape: Geometry, config: LaunchConfig) -> int:
     return shape.channels
 
 
-@functools.lru_cache(maxsize=4096)
 def writer_programs(shape: Geometry, config: LaunchConfig) -> tuple[int, int]:
     """How many programs write a map, and 2**32 / columns rounded up, which divides by columns."""
     if shape.channels_last:

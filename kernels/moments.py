@@ -14,14 +14,13 @@ from .combine import add_splits, part_of_program, workspace
 from .indexing import (
     Sizes,
     channels_of_block,
-    geometry,
     locate_tile,
     mask_of_channel,
     sum_over_values,
     tiles_of_block,
 )
-from .launch_config import LaunchConfig, reduction_blocks, tiling
-from .tuned_configs import lookup
+from .launch import launch, plan_of
+from .launch_config import LaunchConfig
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "columns", "splits"])
@@ -91,21 +90,9 @@ def moments(input: torch.Tensor, config: LaunchConfig | None = None) -> torch.Te
     Returns float64 [2C + 1]: sum(x) of each channel, sum(x**2) of each channel, values of a
     channel.
     """
-    shape = geometry(input)
-    config = config or lookup("moments", shape, input.dtype, input.device)
-    blocks = reduction_blocks(shape, config)
-    output = torch.empty(2 * shape.channels + 1, dtype=torch.float64, device=input.device)
-    partials, arrivals = workspace(input, shape.channels, blocks, config.splits)
-    moments_kernel[(blocks * config.splits,)](
-        output,
-        input,
-        partials,
-        arrivals,
-        shape.rows,
-        shape.channels,
-        shape.columns,
-        config.splits,
-        TILING=tiling(shape, config, input.dtype),
-        num_warps=config.num_warps,
-    )
+    plan = plan_of("moments", input, config)
+    channels = input.shape[1]
+    output = input.new_empty(2 * channels + 1, dtype=torch.float64)
+    partials, arrivals = workspace(input, channels, plan.blocks, plan.splits)
+    launch(moments_kernel, plan.programs, plan, (output, input, partials, arrivals))
     return output

@@ -13,9 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_syncbn.operands import (
+    LAYER_ALONE,
+    NOT_TRACKED,
+    BlockOperands,
+    RunningStatistics,
+)
+
 from .blocks import before_activation, block_of, load_residual, store_gates
-from .indexing import Channels, Sizes, geometry
-from .launch_config import LaunchConfig, tiling, writer_programs
+from .indexing import Channels, Sizes
+from .launch import launch, plan_of
+from .launch_config import LaunchConfig
 from .output_indexing import (
     channels_of_walk,
     load_for_the_last_time,
@@ -33,7 +41,6 @@ from .statistics import (
     split_high_low,
     statistics_of_layer,
 )
-from .tuned_configs import lookup
 
 STATISTICS_BLOCK = tl.constexpr(256)  # channels of the running statistics handled at once
 
@@ -113,8 +120,10 @@ def normalize_kernel(
     program = tl.program_id(0) - 1
     if program < 0:
         if moments is not None:
+            # In the interpreter it is a Python number, which a call would round to float32.
+            factor = tl.full((), momentum, tl.float64)
             update_running_statistics(
-                running_mean, running_var, num_batches_tracked, moments, momentum, sizes, CUMULATIVE
+                running_mean, running_var, num_batches_tracked, moments, factor, sizes, CUMULATIVE
             )
     else:
         walk = walk_of_program(program, splits, sizes, TILING)
@@ -156,53 +165,29 @@ def normalize(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     *,
-    running_mean: torch.Tensor | None = None,
-    running_var: torch.Tensor | None = None,
-    num_batches_tracked: torch.Tensor | None = None,
-    momentum: float | None = None,
     eps: float,
-    residual: torch.Tensor | None = None,
-    gates: torch.Tensor | None = None,
-    activation: str | None = None,
-    activation_slope: float = 0.0,
+    running: RunningStatistics = NOT_TRACKED,
+    block: BlockOperands = LAYER_ALONE,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Normalize (N, C, *spatial), dense in either layout; N may be 0.
 
     moments: float64 [2C + 1], of the global batch; or None, to normalize with the running
-    statistics, which stay. weight, bias, running_mean, running_var: [C] of
-    any floating dtype, or None. num_batches_tracked: one number of any dtype, or None; needed if
-    momentum is None. The running statistics and the counter are updated in place unless the global
-    batch is empty. residual: like the input, or None. gates: uint8, written for an activation whose
-    derivative has two values (see blocks.py), or None. activation: a name of activations.py, or
-    None. Returns y, like the input.
+    statistics, which stay. weight, bias: [C] of any floating dtype, or None. running: updated in
+    place unless the global batch is empty. block: what follows; its gates are written, if there are
+    any. Returns y, like the input.
     """
-    shape = geometry(input)
-    wide = residual is not None or gates is not None
-    config = config or lookup("normalize", shape, input.dtype, input.device, wide)
+    residual, gates = block.residual, block.gates
+    plan = plan_of("normalize", input, config, residual is not None or gates is not None)
     output = torch.empty_like(input)
-    programs, reciprocal = writer_programs(shape, config)
-    normalize_kernel[(programs + 1,)](
-        output,
-        input,
-        moments,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        residual,
-        gates,
-        0.0 if momentum is None else momentum,
-        eps,
-        shape.rows,
-        shape.channels,
-        shape.columns,
-        config.splits,
-        reciprocal,
+    mean, var, num_batches_tracked, momentum = running
+    launch(
+        normalize_kernel,
+        plan.programs + 1,
+        plan,
+        (output, input, moments, weight, bias, mean, var, num_batches_tracked, residual, gates),
+        (0.0 if momentum is None else momentum, eps),
         CUMULATIVE=momentum is None,
-        TILING=tiling(shape, config, input.dtype, writes_map=True),
-        BLOCK=block_of(activation, activation_slope, input, residual, gates),
-        num_warps=config.num_warps,
+        BLOCK=block_of(block, input),
     )
     return output

@@ -104,9 +104,19 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     from triton_syncbn import ops
 
-    ops._step.cache_clear()
+    caches = ops._backend, ops._steps_on
+    for cache in caches:
+        cache.cache_clear()
     yield
-    ops._step.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture(params=["kernels", "plain torch"])
+def everywhere(request: pytest.FixtureRequest) -> None:
+    """This process with the kernels in the interpreter, and as users' without a GPU."""
+    if request.param == "plain torch":
+        request.getfixturevalue("plain_torch")
 
 
 @pytest.fixture

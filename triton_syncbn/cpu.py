@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operands import NOT_TRACKED, RunningStatistics
 from .reference import NOISE_OF_VARIANCE
 
 SMALL = 1 << 15  # elements up to which float64 is faster, as measured
@@ -53,13 +54,11 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     *,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    num_batches_tracked: Tensor | None = None,
-    momentum: float | None = None,
     eps: float,
+    running: RunningStatistics = NOT_TRACKED,
 ) -> Tensor:
     """Normalize with the global moments; move the running statistics unless the batch is empty."""
+    running_mean, running_var, num_batches_tracked, momentum = running
     mean, variance, count = _mean_and_variance(moments)
     if count > 0.0:
         if num_batches_tracked is not None:
@@ -69,8 +68,8 @@ def normalize(
                 assert num_batches_tracked is not None
                 momentum = 1.0 / max(num_batches_tracked.item(), 1.0)
             unbiased = variance * (count / max(count - 1.0, 1.0))
-            for running, batch in ((running_mean, mean), (running_var, unbiased)):
-                running.copy_(torch.lerp(running.double(), batch, momentum))
+            for buffer, batch in ((running_mean, mean), (running_var, unbiased)):
+                buffer.copy_(torch.lerp(buffer.double(), batch, momentum))
     small = input.numel() <= SMALL
     values = input.double() if small else input
     if small or not _is_near(mean, variance):

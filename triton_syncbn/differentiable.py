@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .communication import all_reduce
+from .operands import BlockOperands, RunningStatistics
 
 
 class _DifferentiableAllReduce(torch.autograd.Function):
@@ -59,15 +60,12 @@ def batch_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
+    running: RunningStatistics,
     eps: float,
     group: Any,
     layer_name: str,
 ) -> Tensor:
-    """What `SyncBatchNormFunction` computes, with its arguments; one all_reduce of [2C + 1] for the
+    """What `SyncBatchNormFunction` computes of a layer alone; one all_reduce of [2C + 1] for the
     value and one for each derivative.
     """
     others, per_channel = _shapes(input)
@@ -77,7 +75,7 @@ def batch_norm(
     if group is not None:
         moments = _DifferentiableAllReduce.apply(moments, group, layer_name, "forward")
     mean, variance, count = reference.mean_and_variance(moments)
-    _update_buffers(mean, variance, count, running_mean, running_var, num_batches_tracked, momentum)
+    _update_buffers(mean, variance, count, running)
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
@@ -88,13 +86,13 @@ def batch_norm(
 
 
 def _update_buffers(
-    mean: Tensor, variance: Tensor, count: Tensor, running_mean: Tensor | None, *others: Any
+    mean: Tensor, variance: Tensor, count: Tensor, running: RunningStatistics
 ) -> None:
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return  # a checkpointed forward runs again, see ops.py
     batch = (mean.detach(), variance.detach(), count.detach())
     try:
-        reference.update_running_statistics(*batch, running_mean, *others)
+        reference.update_running_statistics(*batch, running)
     except RuntimeError as error:
         raise RuntimeError(
             "running_mean, running_var, num_batches_tracked: expected None (no running statistics) "
@@ -109,20 +107,16 @@ def gradients(
     weight: Tensor | None,
     moments: Tensor | None,
     setting: Any,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gates: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
+    block: BlockOperands,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of input, weight, bias and residual as a function that torch can differentiate
-    again; one all_reduce, of [2, C]. `setting` and what it saved: of SyncBatchNormFunction.
+    again; one all_reduce, of [2, C]. setting: of SyncBatchNormFunction.
     """
     others, per_channel = _shapes(input)
     value, grad = input.double(), grad_output.double()
     group = setting.group, setting.layer_name
     if moments is None:
-        mean, variance, count = reference.statistics_of_layer(None, running_mean, running_var)
+        mean, variance, count = reference.statistics_of_layer(None, block.running)
     else:
         count = moments[-1].clamp(min=1.0)
         sums = torch.stack([value.sum(others), (value * value).sum(others)])
@@ -132,14 +126,14 @@ def gradients(
     rstd = (variance + setting.eps).rsqrt()
     scale = (rstd if weight is None else rstd * weight.double()).view(per_channel)
     normalized = (value - mean.view(per_channel)) * rstd.view(per_channel)
-    if setting.activation is not None:
+    if block.activation is not None:
         grad = reference.gradient_of_z(
             grad,
-            lambda: _before_activation(normalized, weight, bias, residual),
-            gates,
+            lambda: _before_activation(normalized, weight, block.bias, block.residual),
+            block.gates,
             input,
-            setting.activation,
-            setting.activation_slope,
+            block.activation,
+            block.activation_slope,
         )
     grad_weight, grad_bias = (grad * normalized).sum(others), grad.sum(others)
     if moments is None:

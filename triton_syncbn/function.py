@@ -9,18 +9,19 @@ from . import differentiable, ops
 from .activations import ACTIVATIONS
 from .checkpointing import keep_sums, take_sums, this_thread
 from .communication import all_reduce
+from .operands import BlockOperands, RunningStatistics
 
 
 class Setting(NamedTuple):
     """What a layer is told beside tensors."""
 
-    momentum: float | None
     eps: float
     group: Any  # None: this process is alone
     layer_name: str  # in errors
     frozen: bool  # normalizes with the running statistics, which stay
     activation: str | None
     activation_slope: float
+    is_of_layer_alone: bool  # neither frozen nor with an activation
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -35,6 +36,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
     which move the fewest bytes, else the residual.
     """
 
+    @classmethod
+    def run(cls, *arguments: Any) -> Tensor:
+        """As `apply`, which first looks for arguments that torch.func has left behind."""
+        if torch.compiler.is_compiling():
+            return cls.apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -42,107 +50,143 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
+        running: RunningStatistics,
         setting: Setting,
+        *buffers: Tensor | None,
     ) -> Tensor:
-        """Normalize (N, C, *spatial), unchecked."""
-        moments = None
-        if not setting.frozen:
-            moments = _moments_of_all_ranks(input, setting)
-        activation = setting.activation
-        block: dict[str, Any] = {}
-        saved: dict[str, Tensor | None] = {}
-        if setting.frozen:
-            # else the buffers are not saved: they change before backward if the layer runs twice
-            saved = {"running_mean": running_mean, "running_var": running_var}
-        if residual is not None:
-            block["residual"] = residual
-        if activation is not None:
-            block.update(activation=activation, activation_slope=setting.activation_slope)
-            saved["bias"] = bias
-            if residual is not None and ACTIVATIONS[activation].gated:
-                block["keeps_gates"] = True
-            elif residual is not None:
-                saved["residual"] = residual
-        is_alone = not block and not saved and running_mean is not None
-        output = (ops.normalize if is_alone else ops.normalize_block)(
-            input,
-            moments,
-            weight,
-            bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            num_batches_tracked=num_batches_tracked,
-            momentum=setting.momentum,
-            eps=setting.eps,
-            **block,
+        """Normalize (N, C, *spatial), unchecked. buffers: those of `running`, for torch.jit.trace,
+        which wants all tensors; else none, as each takes autograd a microsecond.
+        """
+        steps = (
+            ops.OPERATORS if buffers else ops.steps_for(input, weight, bias, residual, *running[:3])
         )
-        if not is_alone:
-            output, gates = output
-            if "keeps_gates" in block:
-                saved["gates"] = gates
+        dense = input if steps is ops.OPERATORS else ops.dense(input)
+        moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
+        ctx.setting = setting
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if residual is None and running.mean is not None and setting.is_of_layer_alone:
+            ctx.save_for_backward(input, weight, moments)
+            ctx.names = ()
+            return steps.normalize(dense, moments, weight, bias, eps=setting.eps, running=running)
+        operands = dense, moments, weight, bias, residual
+        output, saved = _normalize_block(steps, *operands, running, setting)
         ctx.save_for_backward(input, weight, moments, *saved.values())
         ctx.names = tuple(saved)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.setting = setting
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight, bias and residual."""
         input, weight, moments, *others = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        setting: Setting = ctx.setting
-        block: dict[str, Any] = dict(zip(ctx.names, others, strict=True))
+        needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = differentiable.gradients(
-                grad_output, input, weight, moments, setting, **block
+            gradients = _differentiable_gradients(ctx, grad_output, input, weight, moments, others)
+            return *gradients, *[None] * (len(needed) - 4)
+        setting: Setting = ctx.setting
+        needs_input, needs_weight, needs_bias, needs_residual = needed[:4]
+        weight_dtype = weight.dtype if needs_weight else None
+        bias_dtype = ctx.bias_dtype if needs_bias else None
+        grad_residual = grad_output if needs_residual else None
+        steps = ops.OPERATORS
+        if torch._C._get_tracing_state() is None:
+            steps = ops.steps_for(grad_output, input, weight, *others)
+        if steps is not ops.OPERATORS:
+            input = ops.dense(input)
+            grad_output = ops.laid_out_like(grad_output, input)
+        grad_input = None
+        if others:
+            saved = dict(zip(ctx.names, others, strict=True))
+            grad_input, grad_weight, grad_bias, made = _gradients_of_block(
+                *(steps, grad_output, input, weight, moments, setting, saved),
+                *((weight_dtype, bias_dtype), needed),
             )
-            dtypes = (
-                input.dtype,
-                None if weight is None else weight.dtype,
-                ctx.bias_dtype,
-                input.dtype,
+            grad_residual = grad_residual if made is None else made
+        else:
+            grad_moments, grad_weight, grad_bias = steps.grad_moments(
+                grad_output, input, moments, weight_dtype, bias_dtype, setting.eps
             )
-            return *(
-                gradient.to(dtype) if needed else None
-                for gradient, dtype, needed in zip(
-                    gradients, dtypes, ctx.needs_input_grad[:4], strict=True
-                )
-            ), *[None] * 4
-        of_weight = weight.dtype if needs_weight else None
-        of_bias = ctx.bias_dtype if needs_bias else None
-        if not block:
-            grad_moments, grad_weight, grad_bias = ops.grad_moments(
-                grad_output, input, moments, of_weight, of_bias, setting.eps
-            )
-            grad_input = None
             if needs_input:
                 if setting.group is not None:
                     grad_moments = all_reduce(
                         grad_moments, setting.group, setting.layer_name, "backward"
                     )
-                grad_input = ops.grad_input(
+                grad_input = steps.grad_input(
                     grad_output, input, moments, grad_moments, weight, setting.eps
                 )
-            grad_residual = grad_output if needs_residual else None
-        else:
-            grad_input, grad_weight, grad_bias, grad_residual = _gradients_of_block(
-                *(grad_output, input, weight, moments, setting, block),
-                *((of_weight, of_bias), ctx.needs_input_grad),
-            )
         return (
             grad_input if needs_input else None,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             grad_residual,
-            *[None] * 4,
+            *[None] * (len(needed) - 4),
         )
 
 
+def _normalize_block(
+    steps: ops.Steps,
+    input: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: RunningStatistics,
+    setting: Setting,
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """The output, and what backward needs beside what it needs of a layer alone."""
+    block: dict[str, Any] = {}
+    saved: dict[str, Tensor | None] = {}
+    if setting.frozen:
+        # else the buffers are not saved: they change before backward if the layer runs twice
+        saved = {"running_mean": running.mean, "running_var": running.var}
+    if residual is not None:
+        block["residual"] = residual
+    if setting.activation is not None:
+        block.update(activation=setting.activation, activation_slope=setting.activation_slope)
+        saved["bias"] = bias
+        if residual is not None and ACTIVATIONS[setting.activation].gated:
+            block["keeps_gates"] = True
+        elif residual is not None:
+            saved["residual"] = residual
+    output, gates = steps.normalize_block(
+        input,
+        moments,
+        weight,
+        bias,
+        running_mean=running.mean,
+        running_var=running.var,
+        num_batches_tracked=running.num_batches_tracked,
+        momentum=running.momentum,
+        eps=setting.eps,
+        **block,
+    )
+    if "keeps_gates" in block:
+        saved["gates"] = gates
+    return output, saved
+
+
+def _differentiable_gradients(
+    ctx: Any,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    moments: Tensor | None,
+    others: list[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of input, weight, bias and residual, by operators that torch can differentiate."""
+    setting: Setting = ctx.setting
+    saved: dict[str, Any] = dict(zip(ctx.names, others, strict=True))
+    running = RunningStatistics(saved.pop("running_mean", None), saved.pop("running_var", None))
+    block = BlockOperands(setting.activation, setting.activation_slope, running=running, **saved)
+    gradients = differentiable.gradients(grad_output, input, weight, moments, setting, block)
+    dtypes = input.dtype, None if weight is None else weight.dtype, ctx.bias_dtype, input.dtype
+    return [
+        gradient.to(dtype) if needed else None
+        for gradient, dtype, needed in zip(gradients, dtypes, ctx.needs_input_grad[:4], strict=True)
+    ]
+
+
 def _gradients_of_block(
+    steps: ops.Steps,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
@@ -152,23 +196,25 @@ def _gradients_of_block(
     dtypes: tuple[Any, Any],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight, bias and residual, of an activation or of a frozen layer."""
+    """Gradients of input, weight and bias, of an activation or of a frozen layer; and that of the
+    residual where it is another than that of the output.
+    """
     needs_input, needs_weight, needs_bias, needs_residual = needs[:4]
     grad_moments = grad_weight = grad_bias = grad_input = None
     makes_residual = needs_residual and setting.activation is not None
     if setting.activation is not None:
         block.update(activation=setting.activation, activation_slope=setting.activation_slope)
     if not setting.frozen or needs_weight or needs_bias:
-        grad_moments, grad_weight, grad_bias = ops.grad_moments_block(
+        grad_moments, grad_weight, grad_bias = steps.grad_moments_block(
             *(grad_output, input, moments, *dtypes, setting.eps), weight=weight, **block
         )
-    grad_residual = grad_output if needs_residual else None
+    grad_residual = None
     if needs_input or makes_residual:
         if setting.group is not None and needs_input and grad_moments is not None:
             grad_moments = all_reduce(grad_moments, setting.group, setting.layer_name, "backward")
         if setting.frozen:
             grad_moments = None
-        grad_input, made = ops.grad_input_block(
+        grad_input, made = steps.grad_input_block(
             *(grad_output, input, moments, grad_moments, weight, setting.eps),
             **block,
             makes_residual=makes_residual,
@@ -178,13 +224,14 @@ def _gradients_of_block(
     return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def _moments_of_all_ranks(input: Tensor, setting: Setting) -> Tensor:
+def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:
     if setting.group is None:
-        return ops.moments(input)
-    if torch.compiler.is_compiling() or not this_thread.regions:
-        return all_reduce(ops.moments(input), setting.group, setting.layer_name, "forward")
+        return steps.moments(input)
+    compiling = steps is ops.OPERATORS and torch.compiler.is_compiling()
+    if compiling or not this_thread.regions:
+        return all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
     moments = take_sums(setting.layer_name)
     if moments is None:
-        moments = all_reduce(ops.moments(input), setting.group, setting.layer_name, "forward")
+        moments = all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
     keep_sums(moments, setting.layer_name)
     return moments

@@ -10,12 +10,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from . import differentiable, groups
 from .activations import ACTIVATIONS
 from .function import Setting, SyncBatchNormFunction
+from .operands import RunningStatistics
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN_TYPES = frozenset({Tensor, Parameter})
+_HAS_DISTRIBUTED = dist.is_available()
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def sync_batch_norm(
@@ -83,8 +87,13 @@ def sync_batch_norm(
             nobody change, as with torch's own batch norm.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
-    group = _group_to_synchronize(process_group, training, input.device)
-    if num_batches_tracked is not None:
+    group = _group_to_synchronize(process_group, training, input)
+    if num_batches_tracked is not None and not (
+        type(num_batches_tracked) is Tensor
+        and num_batches_tracked.dtype == torch.int64
+        and num_batches_tracked.numel() == 1
+        and num_batches_tracked.device == input.device
+    ):  # wrong, or unusual
         _check_counter(num_batches_tracked, input)
     elif momentum is None and training and running_mean is not None:
         raise ValueError("num_batches_tracked: expected a tensor, as momentum is None; got None")
@@ -121,16 +130,18 @@ def sync_batch_norm(
             num_batches_tracked.add_(1)
         output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
         return _add_and_activate(output, residual, activation, activation_slope)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    buffers = running_mean, running_var, num_batches_tracked
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     if in_plain_torch:
-        output = differentiable.batch_norm(
-            input, weight, bias, *buffers, momentum, eps, group, layer_name
-        )
+        output = differentiable.batch_norm(input, weight, bias, running, eps, group, layer_name)
         return _add_and_activate(output, residual, activation, activation_slope)
-    setting = Setting(momentum, eps, group, layer_name, not training, activation, activation_slope)
-    return SyncBatchNormFunction.apply(input, weight, bias, residual, *buffers, setting)
+    alone = training and activation is None
+    setting = Setting(eps, group, layer_name, not training, activation, activation_slope, alone)
+    buffers = () if torch._C._get_tracing_state() is None else running[:3]
+    return SyncBatchNormFunction.run(input, weight, bias, residual, running, setting, *buffers)
 
 
 def _add_and_activate(
@@ -188,7 +199,7 @@ def _torch_batch_norm(
     return F.batch_norm(input, mean, variance, weight, bias, training=mean is None, eps=eps)
 
 
-def _group_to_synchronize(process_group: Any, training: bool, device: torch.device) -> Any:
+def _group_to_synchronize(process_group: Any, training: bool, input: Tensor) -> Any:
     """The group whose ranks share their statistics, or None if this process is alone or is not
     training.
     """
@@ -196,19 +207,23 @@ def _group_to_synchronize(process_group: Any, training: bool, device: torch.devi
         return None
     if process_group is not None:
         group = groups.resolve(process_group)
-    elif dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
+    elif _HAS_DISTRIBUTED:
+        group = dist.group.WORLD  # None where there is none
     else:
         return None
-    if dist.get_world_size(group) == 1:
+    if group is None or group.size() == 1:
         return None
-    if device.type != "cuda" and not torch.compiler.is_compiling():
-        backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
-        if f"{device.type}:" not in backends:
-            raise ValueError(
-                f"input: expected a device that the process group serves ({backends}), got {device}"
-            )
+    if not input.is_cuda and not torch.compiler.is_compiling():
+        _check_served(input.device, group)
     return group
+
+
+def _check_served(device: torch.device, group: Any) -> None:
+    backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    if f"{device.type}:" not in backends:
+        raise ValueError(
+            f"input: expected a device that the process group serves ({backends}), got {device}"
+        )
 
 
 def _check_tensors(
@@ -225,41 +240,52 @@ def _check_tensors(
         raise TypeError(f"input: expected a dense torch.Tensor, got a {kind.strip('_')} one")
     if input.dtype not in _DTYPES:
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.dim() < 2:
+    shape = input.shape
+    if len(shape) < 2:
         raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
-    channels, device = input.shape[1], input.device
-    if channels == 0:
+    if shape[1] == 0:
         raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             f"{missing}: expected a tensor, as the other running statistic is one; got None"
         )
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            _check_kind(name, "torch.Tensor or None", tensor)
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
-            )
-        if tensor.shape != (channels,):
-            raise ValueError(
-                f"{name}: expected shape ({channels},), the channels of an input {_shape(input)}; "
-                f"got {_shape(tensor)}"
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"{name}: expected device {device}, that of the input; got {tensor.device}"
-            )
-        if not tensor.is_contiguous() and name.startswith("running"):
-            raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
+    one_per_channel, device = shape[1:2], input.device
+    for tensor in (weight, bias, running_mean, running_var):
+        if tensor is not None and not (
+            type(tensor) in _PLAIN_TYPES
+            and tensor.dtype in _DTYPES
+            and tensor.shape == one_per_channel
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):  # wrong, or unusual
+            _check_per_channel("weight", weight, input)
+            _check_per_channel("bias", bias, input)
+            _check_per_channel("running_mean", running_mean, input)
+            _check_per_channel("running_var", running_var, input)
+            break
+
+
+def _check_per_channel(name: str, tensor: Tensor | None, input: Tensor) -> None:
+    """Raise where this is not a tensor with a number for each channel of the input."""
+    if tensor is None:
+        return
+    _check_kind(name, "torch.Tensor or None", tensor)
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
+    if tensor.shape != input.shape[1:2]:
+        raise ValueError(
+            f"{name}: expected shape ({input.shape[1]},), the channels of an input "
+            f"{_shape(input)}; got {_shape(tensor)}"
+        )
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{name}: expected device {input.device}, that of the input; got {tensor.device}"
+        )
+    if not tensor.is_contiguous() and name.startswith("running"):
+        raise ValueError(f"{name}: expected contiguous memory, got stride {tensor.stride()}")
 
 
 def _check_kind(name: str, expected: str, tensor: Any) -> None:

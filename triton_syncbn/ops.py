@@ -11,13 +11,14 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .operands import BlockOperands, RunningStatistics
 
 _BUFFERS = (
     "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
@@ -83,53 +84,41 @@ def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 @functools.cache
-def _step(name: str, device_type: str) -> Callable[..., Any]:
-    """The implementation of a step for a type of device."""
+def _backend(device_type: str) -> Any:
+    """The module whose four steps run on a type of device."""
     if device_type == "cuda" or (
         device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     ):
         try:
             from .kernels import launchers
 
-            return getattr(launchers, name)
+            return launchers
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise
             warnings.warn(
                 "Triton is not installed: SyncBN runs in plain torch, which is slow", stacklevel=2
             )
-    return getattr(cpu if device_type == "cpu" else reference, name)
+    return cpu if device_type == "cpu" else reference
 
 
-def _is_of_block(name: str, arguments: Sequence[Any], settings: dict[str, Any]) -> bool:
-    """Whether a step has an activation or a residual, or statistics that are frozen."""
-    if settings.keys() & {"activation", "residual", "gates", "grad_residual"}:
-        return True
-    return name != "moments" and arguments[1 if name == "normalize" else 2] is None
+def _backend_of_blocks(backend: Any) -> Any:
+    """The same, but for the CPU path, which knows no blocks."""
+    return reference if backend is cpu else backend
 
 
-def _run(name: str, *arguments: Any, **settings: Any) -> Any:
-    """Run a step on the device of its tensors: Triton launches on the current one."""
-    device = arguments[0].device
-    step = _step(name, device.type)
-    if step.__module__ == cpu.__name__ and _is_of_block(name, arguments, settings):
-        step = getattr(reference, name)  # which has no CPU path of its own
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return step(*arguments, **settings)
-    with torch.cuda.device(device):
-        return step(*arguments, **settings)
-
-
-def _moments(input: Tensor) -> Tensor:
-    return _run("moments", dense(input))
-
-
-def _normalize(input: Tensor, moments: Tensor | None, *arguments: Any, **settings: Any) -> Tensor:
-    if moments is not None and torch._C._current_graph_task_id() != -1:
-        # In a backward, so activation checkpointing computes a forward again, whose batch the
-        # running statistics have seen. Decided here, as a compiled graph has no other place for it.
-        settings.update(running_mean=None, running_var=None, num_batches_tracked=None)
-    return _run("normalize", dense(input), moments, *arguments, **settings)
+def _normalize(
+    backend: Any,
+    input: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    running: RunningStatistics,
+) -> Tensor:
+    running = _unless_again(running)
+    return backend.normalize(input, moments, weight, bias, eps=eps, running=running)
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -145,55 +134,86 @@ def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
 
 
 def _normalize_block(
+    backend: Any,
     input: Tensor,
-    *arguments: Any,
+    moments: Tensor | None,
+    *parameters: Tensor | None,
+    eps: float,
     residual: Tensor | None = None,
     keeps_gates: bool = False,
-    **settings: Any,
+    activation: str | None = None,
+    activation_slope: float = 0.0,
+    **buffers: Any,
 ) -> tuple[Tensor, Tensor]:
     gates = new_gates(input, keeps_gates)
-    settings.update(_beside(input, residual), gates=gates if keeps_gates else None)
-    return _normalize(input, *arguments, **settings), gates
+    running = _running(**buffers)
+    if moments is not None:
+        running = _unless_again(running)
+        if activation is None and residual is None:
+            settings = {"eps": eps, "running": running}
+            return backend.normalize(input, moments, *parameters, **settings), gates
+    kept = gates if keeps_gates else None
+    block = BlockOperands(activation, activation_slope, _beside(input, residual), kept)
+    settings = {"eps": eps, "running": running, "block": block}
+    return _backend_of_blocks(backend).normalize(input, moments, *parameters, **settings), gates
 
 
-def _grad_moments(
-    grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    input = dense(input)
-    return _run("grad_moments", laid_out_like(grad_output, input), input, *arguments, **block)
+def _unless_again(running: RunningStatistics) -> RunningStatistics:
+    """What a forward moves. In a backward activation checkpointing computes one again, whose batch
+    the running statistics have seen. Decided here, as a compiled graph has no other place for it.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return running
+    return RunningStatistics(momentum=running.momentum)
+
+
+def _running(
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = None,
+) -> RunningStatistics:
+    return RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
 
 
 def _grad_moments_block(
-    grad_output: Tensor,
-    input: Tensor,
-    *arguments: Any,
-    residual: Tensor | None = None,
-    **block: Any,
+    backend: Any, grad_output: Tensor, input: Tensor, *arguments: Any, **operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _grad_moments(grad_output, input, *arguments, **_beside(input, residual), **block)
-
-
-def _grad_input(grad_output: Tensor, input: Tensor, *arguments: Any, **block: Any) -> Tensor:
-    input = dense(input)
-    return _run("grad_input", laid_out_like(grad_output, input), input, *arguments, **block)
+    block = _block_in_backward(input, **operands)
+    return _backend_of_blocks(backend).grad_moments(grad_output, input, *arguments, block)
 
 
 def _grad_input_block(
+    backend: Any,
     grad_output: Tensor,
     input: Tensor,
     *arguments: Any,
-    residual: Tensor | None = None,
     makes_residual: bool = False,
-    **block: Any,
+    **operands: Any,
 ) -> tuple[Tensor, Tensor]:
-    grad_residual = torch.empty_like(dense(input)) if makes_residual else input.new_empty(0)
-    block.update(_beside(input, residual), grad_residual=grad_residual if makes_residual else None)
-    return _grad_input(grad_output, input, *arguments, **block), grad_residual
+    grad_residual = torch.empty_like(input) if makes_residual else input.new_empty(0)
+    block = _block_in_backward(input, **operands)
+    if makes_residual:
+        block = block._replace(grad_residual=grad_residual)
+    gradient = _backend_of_blocks(backend).grad_input(grad_output, input, *arguments, block)
+    return gradient, grad_residual
 
 
-def _beside(input: Tensor, residual: Tensor | None) -> dict[str, Any]:
+def _block_in_backward(
+    input: Tensor,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    residual: Tensor | None = None,
+    **operands: Any,
+) -> BlockOperands:
+    running = _running(running_mean, running_var)
+    return BlockOperands(running=running, residual=_beside(input, residual), **operands)
+
+
+def _beside(input: Tensor, residual: Tensor | None) -> Tensor | None:
     """The residual as a step is given it, in memory as the input is."""
-    return {"residual": None if residual is None else laid_out_like(residual, dense(input))}
+    return None if residual is None else laid_out_like(residual, input)
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -275,25 +295,124 @@ def _grad_input_block_shape(
     return gradient, torch.empty_like(gradient) if makes_residual else input.new_empty(0)
 
 
+class Steps(NamedTuple):
+    """A function for each step: of a layer as in reference.py, of a block as its operator. But for
+    the operators themselves, they take an input that is dense, and what lies in memory as it does.
+    """
+
+    moments: Callable[..., Any]
+    normalize: Callable[..., Any]
+    grad_moments: Callable[..., Any]
+    grad_input: Callable[..., Any]
+    normalize_block: Callable[..., Any]
+    grad_moments_block: Callable[..., Any]
+    grad_input_block: Callable[..., Any]
+
+
+_SHAPES = Steps(
+    *(_moments_shape, _normalize_shape, _grad_moments_shape, _grad_input_shape),
+    *(_normalize_block_shape, _grad_moments_shape, _grad_input_block_shape),
+)
+
+
+@functools.cache
+def _steps_on(device_type: str) -> Steps:
+    """The steps on tensors of the current device of a type."""
+    backend = _backend(device_type)
+    return Steps(
+        backend.moments,
+        functools.partial(_normalize, backend),
+        backend.grad_moments,
+        backend.grad_input,
+        functools.partial(_normalize_block, backend),
+        functools.partial(_grad_moments_block, backend),
+        functools.partial(_grad_input_block, backend),
+    )
+
+
+def _implementation(name: str) -> Callable[..., Any]:
+    """What an operator runs, on the device of its tensors: Triton launches on the current one."""
+
+    def run(*arguments: Any, **settings: Any) -> Any:
+        device = arguments[0].device
+        step = getattr(_steps_on(device.type), name)
+        if name.startswith("grad"):
+            grad_output, input, *others = arguments
+            input = dense(input)
+            arguments = laid_out_like(grad_output, input), input, *others
+        else:
+            arguments = dense(arguments[0]), *arguments[1:]
+        if name == "normalize":
+            settings = {"eps": settings.pop("eps"), "running": _running(**settings)}
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return step(*arguments, **settings)
+        with torch.cuda.device(device):
+            return step(*arguments, **settings)
+
+    return run
+
+
 _library = torch.library.Library("triton_syncbn", "DEF")
-for _name, _implementation, _shape in (
-    ("moments", _moments, _moments_shape),
-    ("normalize", _normalize, _normalize_shape),
-    ("normalize_block", _normalize_block, _normalize_block_shape),
-    ("grad_moments", _grad_moments, _grad_moments_shape),
-    ("grad_moments_block", _grad_moments_block, _grad_moments_shape),
-    ("grad_input", _grad_input, _grad_input_shape),
-    ("grad_input_block", _grad_input_block, _grad_input_block_shape),
-):
+for _name, _shape in zip(Steps._fields, _SHAPES, strict=True):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _refusing_gradients(_name, _implementation), "CompositeExplicitAutograd")
+    _operator = _refusing_gradients(_name, _implementation(_name))
+    _library.impl(_name, _operator, "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"triton_syncbn::{_name}", _shape, lib=_library)
 
 moments = torch.ops.triton_syncbn.moments.default
 normalize = torch.ops.triton_syncbn.normalize.default
-normalize_block = torch.ops.triton_syncbn.normalize_block.default
 grad_moments = torch.ops.triton_syncbn.grad_moments.default
-grad_moments_block = torch.ops.triton_syncbn.grad_moments_block.default
 grad_input = torch.ops.triton_syncbn.grad_input.default
+normalize_block = torch.ops.triton_syncbn.normalize_block.default
+grad_moments_block = torch.ops.triton_syncbn.grad_moments_block.default
 grad_input_block = torch.ops.triton_syncbn.grad_input_block.default
+
+
+def _operator_normalize(
+    input: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    running: RunningStatistics,
+) -> Tensor:
+    return normalize(
+        input,
+        moments,
+        weight,
+        bias,
+        running_mean=running.mean,
+        running_var=running.var,
+        num_batches_tracked=running.num_batches_tracked,
+        momentum=running.momentum,
+        eps=eps,
+    )
+
+
+OPERATORS = Steps(
+    *(moments, _operator_normalize, grad_moments, grad_input),
+    *(normalize_block, grad_moments_block, grad_input_block),
+)
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
+    """`OPERATORS`; or what they run, as torch's dispatcher takes 3 us for each, of plain tensors on
+    the current device, where nothing records, profiles or transforms what is called.
+
+    To be called without grad mode.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(input) is not Tensor
+        or not _PLAIN_TYPES.issuperset(map(type, others))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or (input.is_cuda and input.device.index != torch.cuda.current_device())
+    ):
+        return OPERATORS
+    return _steps_on("cpu" if input.is_cpu else input.device.type)

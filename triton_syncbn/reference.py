@@ -6,12 +6,12 @@ float64.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
 
 NOISE_OF_VARIANCE = 2.0**-50  # see kernels/statistics.py
 
@@ -44,38 +44,30 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     *,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    num_batches_tracked: Tensor | None = None,
-    momentum: float | None = None,
     eps: float,
-    residual: Tensor | None = None,
-    gates: Tensor | None = None,
-    activation: str | None = None,
-    activation_slope: float = 0.0,
+    running: RunningStatistics = NOT_TRACKED,
+    block: BlockOperands = LAYER_ALONE,
 ) -> Tensor:
     """Normalize with the global moments; update the running statistics in place unless the global
     batch is empty. Without moments the running statistics are those to normalize with.
     """
-    mean, variance, count = statistics_of_layer(moments, running_mean, running_var)
+    mean, variance, count = statistics_of_layer(moments, running)
     if moments is not None:
-        update_running_statistics(
-            mean, variance, count, running_mean, running_var, num_batches_tracked, momentum
-        )
+        update_running_statistics(mean, variance, count, running)
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
     high, low = _split_high_low(mean, input)
     shift = -low * scale if bias is None else bias.double() - low * scale
     z = _scale_and_shift(input, high, scale, shift)
-    if residual is not None:
-        z += residual
-    if activation is None:
+    if block.residual is not None:
+        z += block.residual
+    if block.activation is None:
         return z.to(input.dtype)
-    function = ACTIVATIONS[activation]
-    slope = activation_slope if function.takes_slope else 0.0
-    if gates is not None:
-        gates.copy_(_pack(function.derivative(z, slope) == 1.0, gates, input))
+    function = ACTIVATIONS[block.activation]
+    slope = block.activation_slope if function.takes_slope else 0.0
+    if block.gates is not None:
+        block.gates.copy_(_pack(function.derivative(z, slope) == 1.0, block.gates, input))
     return function.value(z, slope).to(input.dtype)
 
 
@@ -86,22 +78,17 @@ def grad_moments(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     eps: float,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    **block: Any,
+    block: BlockOperands = LAYER_ALONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C], and from them the gradients of
     weight and bias.
     """
-    mean, variance, _ = statistics_of_layer(moments, running_mean, running_var)
+    mean, variance, _ = statistics_of_layer(moments, block.running)
     rstd = (variance + eps).rsqrt()
     high, low = _split_high_low(mean, input)
     normalized = _scale_and_shift(input, high, rstd, -low * rstd)
     grad = _gradient_of_block(
-        grad_output.to(normalized.dtype), input, mean, rstd, weight, bias, **block
+        grad_output.to(normalized.dtype), input, mean, rstd, block.weight, block
     )
     grads = grad.sum(_all_but_channels(input)).double()
     products = normalized.mul_(grad).sum(_all_but_channels(input)).double()
@@ -120,15 +107,10 @@ def grad_input(
     grad_moments: Tensor | None,
     weight: Tensor | None,
     eps: float,
-    *,
-    bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    grad_residual: Tensor | None = None,
-    **block: Any,
+    block: BlockOperands = LAYER_ALONE,
 ) -> Tensor:
     """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
-    mean, variance, count = statistics_of_layer(moments, running_mean, running_var)
+    mean, variance, count = statistics_of_layer(moments, block.running)
     rstd = (variance + eps).rsqrt()
     if grad_moments is None:
         grad_mean = product_mean = torch.zeros_like(mean)
@@ -139,11 +121,9 @@ def grad_input(
     high, low = _split_high_low(mean, input)
     grad_high, grad_low = _split_high_low(grad_mean, input)
     result = _scale_and_shift(input, high, slope, -scale * grad_low - slope * low)
-    grad = _gradient_of_block(
-        grad_output.to(result.dtype), input, mean, rstd, weight, bias, **block
-    )
-    if grad_residual is not None:
-        grad_residual.copy_(grad)
+    grad = _gradient_of_block(grad_output.to(result.dtype), input, mean, rstd, weight, block)
+    if block.grad_residual is not None:
+        block.grad_residual.copy_(grad)
     grad = grad - _per_channel(grad_high, input)
     return result.addcmul_(grad, _per_channel(scale.to(result.dtype), input)).to(input.dtype)
 
@@ -152,14 +132,12 @@ def update_running_statistics(
     mean: Tensor,
     variance: Tensor,
     count: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
+    running: RunningStatistics,
 ) -> None:
     """Move the running statistics towards those of a batch, in place, and count it, unless it is
     empty. momentum=None: the average over the batches so far, which needs the counter.
     """
+    running_mean, running_var, num_batches_tracked, momentum = running
     if num_batches_tracked is not None:
         num_batches_tracked.add_((count > 0).long())
     if running_mean is not None and running_var is not None:
@@ -170,17 +148,17 @@ def update_running_statistics(
             factor = torch.full_like(count, momentum)
         factor = torch.where(count > 0, factor, 0.0)
         unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
-        for running, batch in ((running_mean, mean), (running_var, unbiased)):
-            running.copy_((1.0 - factor) * running.double() + factor * batch)
+        for buffer, batch in ((running_mean, mean), (running_var, unbiased)):
+            buffer.copy_((1.0 - factor) * buffer.double() + factor * batch)
 
 
 def statistics_of_layer(
-    moments: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+    moments: Tensor | None, running: RunningStatistics
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count of the batch; where there are no moments, those of the buffers."""
     if moments is None:
-        assert running_mean is not None and running_var is not None
-        return running_mean.double(), running_var.double(), running_mean.new_ones(())
+        assert running.mean is not None and running.var is not None
+        return running.mean.double(), running.var.double(), running.mean.new_ones(())
     return mean_and_variance(moments)
 
 
@@ -221,22 +199,20 @@ def _gradient_of_block(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    gates: Tensor | None = None,
-    activation: str | None = None,
-    activation_slope: float = 0.0,
+    block: BlockOperands,
 ) -> Tensor:
     def before_activation() -> Tensor:
         scale = rstd if weight is None else rstd * weight.double()
         high, low = _split_high_low(mean, input)
-        shift = -low * scale if bias is None else bias.double() - low * scale
+        shift = -low * scale if block.bias is None else block.bias.double() - low * scale
         z = _scale_and_shift(input, high, scale, shift)
-        return z if residual is None else z.add_(residual)
+        return z if block.residual is None else z.add_(block.residual)
 
-    if activation is None:
+    if block.activation is None:
         return grad
-    return gradient_of_z(grad, before_activation, gates, input, activation, activation_slope)
+    return gradient_of_z(
+        grad, before_activation, block.gates, input, block.activation, block.activation_slope
+    )
 
 
 def gradient_of_z(

@@ -13,7 +13,7 @@ from torch import Tensor
 from layers.cases import DTYPES, Case, laid_out
 from layers.implementations import Implementation
 from triton_syncbn import SyncBN
-from triton_syncbn.convert import BatchNorm
+from triton_syncbn.conversion.convert import BatchNorm
 
 # Of the norm. float32 sums of terms that cancel; half precision is rounded once, by half a unit in
 # the last place.

@@ -13,7 +13,7 @@ import triton_syncbn
 from layers.gather_syncbn import GatherSyncBN
 from layers.handwritten_syncbn import HandwrittenSyncBN
 from triton_syncbn import functional
-from triton_syncbn.convert import BatchNorm
+from triton_syncbn.conversion.convert import BatchNorm
 
 BOUND = "torch_batchnorm"
 OURS = "triton_syncbn"
@@ -81,7 +81,7 @@ def synchronized_even_alone() -> Iterator[None]:
     """Make SyncBN communicate in training also in a group of one rank, where it has no need to."""
     original = functional._group_to_synchronize
 
-    def whole_world(process_group: Any, training: bool, device: torch.device) -> Any:
+    def whole_world(process_group: Any, training: bool, input: Tensor) -> Any:
         return dist.group.WORLD if training else None
 
     functional._group_to_synchronize = whole_world

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from triton_syncbn import cpu, reference
+from triton_syncbn.operands import LAYER_ALONE, BlockOperands, RunningStatistics
 
 IN_TORCH = {"cpu": cpu, "reference": reference}
 KERNELS = ("moments", "grad_moments", "normalize", "grad_input")
@@ -31,18 +32,23 @@ class Operands(NamedTuple):
     gates: Tensor | None = None
     grad_residual: Tensor | None = None
 
-    def block(self) -> dict[str, Any]:
-        """What a step is given of the block that a layer is in: nothing for a layer alone."""
-        if self.activation is None and self.residual is None:
-            return {}
-        return {"activation": self.activation, "residual": self.residual, "gates": self.gates}
+    def running(self) -> RunningStatistics:
+        """The buffers, together."""
+        counter = self.num_batches_tracked
+        return RunningStatistics(self.running_mean, self.running_var, counter, self.momentum)
 
-    def block_in_backward(self) -> dict[str, Any]:
+    def block(self) -> BlockOperands:
+        """What normalize is given of the block that a layer is in."""
+        if self.activation is None and self.residual is None:
+            return LAYER_ALONE
+        return BlockOperands(self.activation, residual=self.residual, gates=self.gates)
+
+    def block_in_backward(self) -> BlockOperands:
         """The same in backward, where gates stand for the residual, and z is computed again."""
         if self.activation is None:
-            return {}
-        block = {**self.block(), "bias": self.bias}
-        return {**block, "residual": None} if self.gates is not None else block
+            return LAYER_ALONE
+        residual = None if self.gates is not None else self.residual
+        return self.block()._replace(residual=residual, weight=self.weight, bias=self.bias)
 
 
 def step_of(name: str, implementation: str) -> Callable[..., Any]:
@@ -61,16 +67,19 @@ def run_step(name: str, of: Operands, implementation: str = "kernels", **config:
     if name == "moments":
         return step(of.input, **config)
     if name == "normalize":
-        named = ("running_mean", "running_var", "num_batches_tracked", "momentum", "eps")
-        settings = {key: getattr(of, key) for key in named} | of.block()
+        settings = {"eps": of.eps, "running": of.running(), **_of_block(of.block())}
         return step(of.input, of.moments, of.weight, of.bias, **settings, **config)
     block = of.block_in_backward()
     if name == "grad_moments":
         dtypes = [None if tensor is None else tensor.dtype for tensor in (of.weight, of.bias)]
-        if block:
-            block["weight"] = of.weight
-        return step(of.grad_output, of.input, of.moments, *dtypes, of.eps, **block, **config)[0]
-    if block:
-        block["grad_residual"] = of.grad_residual
-    sums = of.moments, of.grad_moments
-    return step(of.grad_output, of.input, *sums, of.weight, of.eps, **block, **config)
+        given = of.grad_output, of.input, of.moments, *dtypes, of.eps
+        return step(*given, **_of_block(block), **config)[0]
+    if block is not LAYER_ALONE:
+        block = block._replace(grad_residual=of.grad_residual)
+    arguments = of.grad_output, of.input, of.moments, of.grad_moments, of.weight, of.eps
+    return step(*arguments, **_of_block(block), **config)
+
+
+def _of_block(block: BlockOperands) -> dict[str, Any]:
+    """Nothing for a layer alone, of which the CPU path has no word for a block."""
+    return {} if block is LAYER_ALONE else {"block": block}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.networks import NETWORKS
-from triton_syncbn.convert import convert_layers
+from triton_syncbn.conversion.convert import convert_layers
 
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9

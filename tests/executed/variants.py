@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -11,6 +11,7 @@ from triton_syncbn.kernels import (
     combine,
     grad_input,
     grad_moments,
+    launch,
     launch_config,
     moments,
     normalize,
@@ -27,6 +28,7 @@ from tests.support.ptx.launch import Launch, executed_instead_of_launched
 from tests.support.ptx.parsing import Kernel
 from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
+from triton_syncbn.operands import LAYER_ALONE, BlockOperands, RunningStatistics
 
 from . import errors
 from .errors import Error
@@ -215,31 +217,28 @@ class Block:
 
     def __init__(self, variant: Variant, drawn: Inputs) -> None:
         self.drawn = drawn
-        self.settings: dict[str, Any] = {}
+        self.activation = variant.activation
         self.gates = None
-        if variant.activation is not None:
-            self.settings = {"activation": variant.activation}
-            if variant.residual and ACTIVATIONS[variant.activation].gated:
-                self.gates = ops.new_gates(drawn.input, True)
-                reference.normalize(
-                    *(drawn.input, reference.moments(drawn.input), drawn.weight, drawn.bias),
-                    **{"eps": EPS, **self.in_forward(self.gates)},
-                )
+        gated = variant.activation is not None and ACTIVATIONS[variant.activation].gated
+        if gated and variant.residual:
+            self.gates = ops.new_gates(drawn.input, True)
+            reference.normalize(
+                *(drawn.input, reference.moments(drawn.input), drawn.weight, drawn.bias),
+                eps=EPS,
+                block=self.in_forward(self.gates),
+            )
 
-    def in_forward(self, gates: torch.Tensor | None) -> dict[str, Any]:
-        """Settings of normalize."""
-        if self.drawn.residual is None:
-            return self.settings
-        return {**self.settings, "residual": self.drawn.residual, "gates": gates}
+    def in_forward(self, gates: torch.Tensor | None) -> BlockOperands:
+        """That of normalize."""
+        return BlockOperands(self.activation, residual=self.drawn.residual, gates=gates)
 
-    def in_backward(self) -> dict[str, Any]:
-        """Settings of the other two."""
-        if not self.settings:
-            return {}
-        kept = (
-            {"gates": self.gates} if self.gates is not None else {"residual": self.drawn.residual}
-        )
-        return {**self.settings, "bias": self.drawn.bias, **kept}
+    def in_backward(self) -> BlockOperands:
+        """That of the other two."""
+        if self.activation is None:
+            return LAYER_ALONE
+        residual = self.drawn.residual if self.gates is None else None
+        weights = {"weight": self.drawn.weight, "bias": self.drawn.bias}
+        return BlockOperands(self.activation, residual=residual, gates=self.gates, **weights)
 
 
 def config_of(kernel: str, variant: Variant, input: torch.Tensor, capability: int) -> LaunchConfig:
@@ -268,10 +267,10 @@ def _tiles(kernel: str, shape: Geometry, config: LaunchConfig) -> int:
 
 @contextlib.contextmanager
 def _offsets(wide: bool) -> Iterator[None]:
-    launch_config.tiling.cache_clear()
+    launch._plan.cache_clear()
     with mock.patch.object(launch_config, "WIDE_FROM", 0 if wide else launch_config.WIDE_FROM):
         yield
-    launch_config.tiling.cache_clear()
+    launch._plan.cache_clear()
 
 
 def run(
@@ -285,7 +284,7 @@ def run(
 
     change: what is done to a kernel before it is executed.
     """
-    combine._arrivals.clear()  # whatever a launch before this one left there
+    combine._kept.clear()  # whatever a launch before this one left there
     drawn = draw(variant)
     exact = errors.Exact(drawn.input, drawn.grad_output, drawn.weight, drawn.bias, EPS)
     config = {
@@ -308,19 +307,22 @@ def run(
             found += exact.of_moments(moments.moments(drawn.input, config["moments"]))
         if wanted("normalize"):
             arguments = (drawn.input, sums, drawn.weight, drawn.bias)
-            options = {"momentum": variant.momentum, "eps": EPS}
-            if variant.momentum is None and not variant.counter:
-                options["momentum"] = 0.1
+            momentum = variant.momentum
+            if momentum is None and not variant.counter:
+                momentum = 0.1
             of_reference, of_kernel = drawn.buffers(), drawn.buffers()
             gates = [None, None] if block.gates is None else [block.gates, block.gates.clone()]
             expected = reference.normalize(
-                *arguments, **of_reference, **options, **block.in_forward(gates[0])
+                *arguments,
+                eps=EPS,
+                running=RunningStatistics(*of_reference.values(), momentum),
+                block=block.in_forward(gates[0]),
             )
             actual = normalize.normalize(
                 *arguments,
-                **of_kernel,
-                **options,
-                **block.in_forward(gates[1]),
+                eps=EPS,
+                running=RunningStatistics(*of_kernel.values(), momentum),
+                block=block.in_forward(gates[1]),
                 config=config["normalize"],
             )
             found += exact.of_normalize(sums, actual, expected)
@@ -330,23 +332,20 @@ def run(
         of_block = block.in_backward()
         if wanted("grad_moments"):
             arguments = (drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS)
-            weights = {"weight": drawn.weight} if of_block else {}
-            actual = grad_moments.grad_moments(
-                *arguments, **weights, **of_block, config=config["grad_moments"]
-            )
-            if of_block:
-                plain = reference.grad_moments(*arguments, **weights, **of_block)
+            actual = grad_moments.grad_moments(*arguments, of_block, config["grad_moments"])
+            if of_block is not LAYER_ALONE:
+                plain = reference.grad_moments(*arguments, of_block)
                 found.append(errors.of_block_sums(actual[0], plain[0], drawn.grad_output))
             else:
                 found += exact.of_grad_moments(sums, *actual)
         if wanted("grad_input"):
             arguments = (drawn.grad_output, drawn.input, sums, products, drawn.weight, EPS)
-            others = [torch.empty_like(drawn.input) for _ in range(2)] if variant.residual else []
+            has_two = variant.residual and variant.activation is not None
+            others = [torch.empty_like(drawn.input) for _ in range(2)] if has_two else []
             expected, actual = (
                 step(
                     *arguments,
-                    **of_block,
-                    **({"grad_residual": others[n]} if of_block and others else {}),
+                    of_block._replace(grad_residual=others[n]) if others else of_block,
                     **how,
                 )
                 for n, (step, how) in enumerate(
@@ -357,6 +356,6 @@ def run(
                 )
             )
             found += exact.of_grad_input(sums, products, actual, expected)
-            if of_block and others:
+            if others:
                 found.append(errors.of_neighbours("grad_input", "dresidual", *reversed(others)))
     return found, launches

@@ -19,6 +19,7 @@ from tests.support import interpreter
 from tests.support.inputs import LAYOUTS, random
 from tests.support.steps import kernel
 from triton_syncbn import reference
+from triton_syncbn.operands import RunningStatistics
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -100,13 +101,8 @@ def measure(name, shape, layout, dtype, config_name) -> Traffic:
     config = make_config(config_name, name, seen, dtype)
     settings = {"config": config}
     if name == "normalize":
-        settings |= {
-            "running_mean": running_mean,
-            "running_var": running_var,
-            "num_batches_tracked": counter,
-            "momentum": 0.1,
-            "eps": 1e-5,
-        }
+        running = RunningStatistics(running_mean, running_var, counter, 0.1)
+        settings |= {"eps": 1e-5, "running": running}
     arguments = {
         "moments": (x,),
         "normalize": (x, moments, weight, bias),

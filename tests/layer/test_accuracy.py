@@ -11,6 +11,7 @@ from numerics.interpreter import sums_as_on_a_gpu
 from tests.support import oracle
 from tests.support.exactness import NOISE, drawn_example, faults
 from triton_syncbn import SyncBN, cpu, ops, reference
+from triton_syncbn.operands import RunningStatistics
 
 
 def train_layer(rank: int, world_size: int, example: examples.Example) -> oracle.Result:
@@ -159,11 +160,8 @@ def test_first_batch_of_an_average_keeps_its_digits(step):
     counter = torch.tensor(0)
     step(
         *(input, reference.moments(input), None, None),
-        running_mean=mean,
-        running_var=variance,
-        num_batches_tracked=counter,
-        momentum=None,
         eps=1e-5,
+        running=RunningStatistics(mean, variance, counter),
     )
     expected = input.double().transpose(0, 1).flatten(1).var(1)
     assert oracle.relative_error(variance, expected) <= NOISE

@@ -81,39 +81,6 @@ def test_no_gradient_of_the_input_no_communication_for_it(ranks):
     assert ranks.run(gradient_of_the_weight_alone, 2) == [[], []]
 
 
-def statistics_in_groups(rank, world_size):
-    """Ranks (0, 1) and (2,) each in a group of their own; rank r sees values around 10 * r."""
-    groups = [dist.new_group([0, 1]), dist.new_group([2])]
-    layer = SyncBN(2, momentum=1.0, process_group=groups[rank // 2])
-    layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + 10.0 * rank)
-    return layer.running_mean, repr(layer)
-
-
-def test_a_group_synchronizes_its_own_ranks(ranks):
-    (first, name), (second, _), (third, alone) = ranks.run(statistics_in_groups, 3)
-    assert torch.equal(first, torch.tensor([7.0, 8.0]))
-    assert torch.equal(second, first)
-    assert torch.equal(third, torch.tensor([22.0, 23.0]))
-    assert "process_group=ranks [0, 1]" in name
-    assert "process_group=ranks [2]" in alone
-
-
-def call_with_a_foreign_group(rank, world_size):
-    group = dist.new_group([0])
-    if rank == 0:
-        return None
-    with (
-        counted_communication() as seen,
-        pytest.raises(ValueError, match="process_group: expected a group that this rank belongs"),
-    ):
-        SyncBN(CHANNELS, process_group=group)(torch.randn(2, CHANNELS))
-    return seen
-
-
-def test_a_group_without_this_rank_is_an_error(reference_ranks):
-    assert reference_ranks.run(call_with_a_foreign_group, 2) == [None, []]
-
-
 def distributed(tensor):
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())), _init_backend=False)
     return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)

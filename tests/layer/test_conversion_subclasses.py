@@ -15,7 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 from tests.support import subclasses
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm, subclass_forward
+from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm
+from triton_syncbn.conversion import subclass_forward
 
 CHANNELS = 3
 SIZES = (4, 1)
@@ -23,6 +24,7 @@ SIZES = (4, 1)
 
 def make_layer(layer_class):
     layer = layer_class(CHANNELS).double()
+    layer.eps = 0.01  # no default of anything
     if layer.affine:
         nn.init.normal_(layer.weight, 1.0, generator=torch.Generator().manual_seed(0))
     return layer
@@ -102,7 +104,7 @@ def test_a_layer_stays_what_it_was(layer_class, plain_torch):
         assert isinstance(layer, layer_class)
     assert not isinstance(layer, nn.SyncBatchNorm)  # DistributedDataParallel refuses it on a CPU
     assert repr(layer).startswith(f"Sync{layer_class.__name__.removeprefix('Sync')}(")
-    assert f"{CHANNELS}, eps=1e-05, momentum={layer.momentum}" in repr(layer)
+    assert f"{CHANNELS}, eps=0.01, momentum={layer.momentum}" in repr(layer)
     layer(make_input())
     copies = pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), copy.copy(layer)
     for duplicate in copies:

@@ -91,7 +91,7 @@ def test_a_layer_by_itself(original):
 def test_a_layer_made_as_syncbn_becomes_a_batch_norm_of_any_dimension():
     model = torch.nn.Sequential(SyncBN(3))
     revert_sync_batchnorm(model)
-    assert type(model[0]) is triton_syncbn.convert.BatchNorm
+    assert type(model[0]) is triton_syncbn.conversion.convert.BatchNorm
     for shape in ((4, 3), (4, 3, 5), (4, 3, 5, 5)):
         assert model(torch.randn(shape)).shape == shape
     with pytest.raises(ValueError, match=r"input: expected shape \(N, C, \*spatial\)"):

@@ -18,13 +18,6 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(params=["kernels", "reference"])
-def everywhere(request):
-    """The kernels, and plain torch."""
-    if request.param == "reference":
-        request.getfixturevalue("plain_torch")
-
-
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batches_are_counted_in_its_dtype(dtype, momentum, everywhere):

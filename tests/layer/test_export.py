@@ -8,13 +8,6 @@ import torch
 from triton_syncbn import SyncBN, convert_sync_batchnorm
 
 
-@pytest.fixture(params=["interpreter", "plain"])
-def everywhere(request):
-    """With Triton's interpreter, and without it."""
-    if request.param == "plain":
-        request.getfixturevalue("plain_torch")
-
-
 def batch_norm_and_ours(**options):
     torch.manual_seed(0)
     theirs = torch.nn.Sequential(

@@ -53,8 +53,8 @@ TRANSFORMS = {
 
 def pair(**options):
     """A layer and torch's, with the same parameters."""
-    ours = SyncBN(3, dtype=torch.float64, **options)
-    theirs = torch.nn.BatchNorm2d(3, dtype=torch.float64, **options)
+    ours = SyncBN(3, dtype=torch.float64, eps=0.01, **options)
+    theirs = torch.nn.BatchNorm2d(3, dtype=torch.float64, eps=0.01, **options)
     if options.get("affine", True):
         torch.nn.init.uniform_(ours.weight)
         torch.nn.init.uniform_(ours.bias)

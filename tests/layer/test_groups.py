@@ -3,17 +3,27 @@ of a layer whose group is gone.
 """
 
 import copy
+import functools
 import os
 import pickle
+import socket
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN, convert_sync_batchnorm, sync_group
+from triton_syncbn import (
+    SyncBN,
+    checkpoint_contexts,
+    convert_sync_batchnorm,
+    debug,
+    sync_group,
+)
 
 
 def mean_seen_by(group, rank):
@@ -44,28 +54,152 @@ def test_groups_of_consecutive_ranks(size, expected, reference_ranks):
     assert answers == [(ranks, [1.0 + mean, 2.0 + mean]) for ranks, mean in expected]
 
 
-def groups_of_agents(rank, world_size, agents):
-    """As torchrun tells each rank the agent that started it."""
-    os.environ["GROUP_RANK"] = agents[rank]
-    try:
+def groups_of_nodes(rank, world_size, agents, hosts):
+    """As torchrun tells each rank the agent that started it, on a host of this name."""
+    with (
+        mock.patch.dict(os.environ, GROUP_RANK=agents[rank]),
+        mock.patch.object(socket, "gethostname", lambda: hosts[rank]),
+    ):
         ranks = dist.get_process_group_ranks(sync_group("node"))
-    finally:
-        del os.environ["GROUP_RANK"]
     dist.barrier()  # who leaves at once breaks the connections that others are still making
     return ranks
 
 
 @pytest.mark.parametrize(
-    ("agents", "expected"),
+    ("agents", "hosts", "expected"),
     [
-        ("0000", [[0, 1, 2, 3]] * 4),
-        ("0011", [[0, 1], [0, 1], [2, 3], [2, 3]]),
-        ("0100", [[0, 2, 3], [1], [0, 2, 3], [0, 2, 3]]),
+        ("0000", "aaaa", [[0, 1, 2, 3]] * 4),
+        ("0011", "aaaa", [[0, 1], [0, 1], [2, 3], [2, 3]]),
+        ("0100", "aaaa", [[0, 2, 3], [1], [0, 2, 3], [0, 2, 3]]),
+        ("0000", "abab", [[0, 2], [1, 3], [0, 2], [1, 3]]),
     ],
 )
-def test_groups_of_a_node(agents, expected, reference_ranks):
+def test_groups_of_a_node(agents, hosts, expected, reference_ranks):
     """Nodes may differ in their number of ranks, and ranks may come in any order."""
-    assert reference_ranks.run(groups_of_agents, 4, agents) == expected
+    assert reference_ranks.run(groups_of_nodes, 4, agents, hosts) == expected
+
+
+def pair_of(rank):
+    """The group of ranks 0 and 2, or of 1 and 3."""
+    return [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+
+
+def cubes(layer, input, *residual):
+    return layer(input, *residual).pow(3).sum()
+
+
+def plain_gradient(layer, input, *residual):
+    return torch.autograd.grad(cubes(layer, input, *residual), input)[0]
+
+
+def second_derivative(layer, input):
+    (gradient,) = torch.autograd.grad(cubes(layer, input), input, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), input)[0]
+
+
+def checked_gradient(layer, input):
+    with debug():
+        return plain_gradient(layer, input)
+
+
+def compiled_gradient(layer, input):
+    torch._dynamo.reset()
+    return plain_gradient(torch.compile(layer, fullgraph=True, backend="aot_eager"), input)
+
+
+def checkpointed_gradient(layer, input, context_fn=checkpoint_contexts):
+    run = functools.partial(checkpoint, layer, use_reentrant=False, context_fn=context_fn)
+    return plain_gradient(run, input)
+
+
+def gradient_with_saved_sums(layer, input):
+    sums = [torch.ops.triton_syncbn.all_reduce.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, sums)
+    return checkpointed_gradient(layer, input, contexts)
+
+
+# Whatever way leads to an all_reduce: an activation, and a function of the layer and the input.
+WAYS = {
+    "a layer": (None, plain_gradient),
+    "an activation": ("silu", plain_gradient),
+    "a residual": ("relu", lambda layer, input: plain_gradient(layer, input, input.detach())),
+    "a second derivative": (None, second_derivative),
+    "torch.func": (
+        None,
+        lambda layer, input: torch.func.grad(functools.partial(cubes, layer))(input),
+    ),
+    "debug": (None, checked_gradient),
+    "a compiled layer": (None, compiled_gradient),
+    "a checkpoint": (None, checkpointed_gradient),
+    "a checkpoint with saved sums": (None, gradient_with_saved_sums),
+}
+
+
+def gradients_in_pairs(rank, world_size, inputs):
+    group = pair_of(rank)
+    return {
+        name: way(
+            SyncBN(
+                3,
+                activation=activation,
+                track_running_stats=False,
+                process_group=group,
+                dtype=torch.float64,
+            ),
+            inputs[rank].clone().requires_grad_(),
+        )
+        for name, (activation, way) in WAYS.items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # of selective checkpoints and of the compiler
+def test_gradients_are_those_of_the_group(reference_ranks):
+    """In backward, too, ranks 0 and 2 are one batch and 1 and 3 another, on every way to it."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 2, 3, 5, generator=generator, dtype=torch.float64)
+    seen = reference_ranks.run(gradients_in_pairs, 4, inputs)
+    for name, (activation, way) in WAYS.items():
+        for pair in (0, 1):
+            whole = inputs[pair::2].flatten(0, 1).requires_grad_()
+            layer = SyncBN(3, activation=activation, track_running_stats=False, dtype=torch.float64)
+            ours = torch.cat([seen[pair][name], seen[pair + 2][name]])
+            torch.testing.assert_close(ours, way(layer, whole), msg=lambda text, n=name: n + text)
+
+
+def statistics_as_the_group_changes(rank, world_size):
+    """A layer is given one group after the other, and a backward comes after its group has gone."""
+    pair = pair_of(rank)
+    input = torch.tensor([[0.0, 1.0], [2.0, 3.0]]) + 10.0 * rank
+    leaf = input.clone().requires_grad_()
+    layer = SyncBN(2, momentum=1.0, process_group=pair)
+    output = layer(leaf)
+    means = []
+    for group in (pair, sync_group(2), None, sync_group(1)):
+        layer.process_group = group
+        layer(input)
+        means.append(layer.running_mean[0].item())
+    convert_sync_batchnorm(layer, process_group=pair)
+    layer(input)
+    gradient = torch.autograd.grad(output.pow(3).sum(), leaf)[0]
+    dist.barrier()
+    return [*means, layer.running_mean[0].item()], gradient
+
+
+def test_a_layer_may_change_its_group(reference_ranks):
+    """A forward takes the group that the layer has; a backward, that of its forward."""
+    seen = reference_ranks.run(statistics_as_the_group_changes, 4)
+    assert [means for means, _ in seen] == [
+        [1.0 + mean for mean in means]
+        for means in (
+            [10.0, 5.0, 15.0, 0.0, 10.0],
+            [20.0, 5.0, 15.0, 10.0, 20.0],
+            [10.0, 25.0, 15.0, 20.0, 10.0],
+            [20.0, 25.0, 15.0, 30.0, 20.0],
+        )
+    ]
+    whole = torch.tensor([[0.0, 1.0], [2.0, 3.0], [20.0, 21.0], [22.0, 23.0]]).requires_grad_()
+    expected = plain_gradient(SyncBN(2), whole)
+    torch.testing.assert_close(torch.cat([seen[0][1], seen[2][1]]), expected)
 
 
 def made_again_after_a_restart(rank, world_size, folder):

@@ -129,6 +129,23 @@ def test_momentum_none_averages_over_all_batches():
     torch.testing.assert_close(layer.running_mean, expected)
 
 
+def test_a_layer_that_stops_tracking_leaves_its_buffers():
+    """In eval mode, as torch's, it uses them still; reset, it is as it was made."""
+    ours, theirs = SyncBN(3), torch.nn.BatchNorm1d(3)
+    for track in (True, False):
+        for layer in (ours, theirs):
+            layer.track_running_stats = track
+        input = torch.randn(4, 3, 5) + 1.0
+        torch.testing.assert_close(ours.train()(input), theirs.train()(input))
+        torch.testing.assert_close(ours.eval()(input), theirs.eval()(input))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+        assert ours.num_batches_tracked == 1
+    ours.track_running_stats = True
+    torch.nn.init.normal_(ours.weight), torch.nn.init.normal_(ours.bias)
+    ours.reset_parameters()
+    torch.testing.assert_close(ours.state_dict(), SyncBN(3).state_dict(), rtol=0.0, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_input_and_layer_may_differ_in_dtype(dtype, training):
@@ -215,6 +232,7 @@ def test_second_derivatives_are_those_of_one_big_batch(ranks):
 def copies_of_a_layer_with_a_group(rank, world_size):
     layer = SyncBN(2, process_group=torch.distributed.new_group([0, 1]))
     layer.shares = {"weight": layer.weight}
+    assert copy.copy(layer).process_group is layer.process_group
     duplicate = copy.deepcopy(layer)
     assert duplicate.process_group is layer.process_group
     assert duplicate.weight is not layer.weight

@@ -1,11 +1,15 @@
 """The operators under torch's own tools: opcheck, fake tensors, torch.compile."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN, ops
+from triton_syncbn import SyncBN, ops, sync_batch_norm
 
 
 def arguments(layout=torch.contiguous_format, dtype=torch.float32):
@@ -78,6 +82,84 @@ def test_shapes_of_strided_input(name):
         *((r if isinstance(r, tuple) else (r,)) for r in (real, fake)), strict=True
     ):
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+class SeesOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The steps that went through an operator."""
+    names = []
+
+    def noting(name, step):
+        def run(*arguments, **settings):
+            names.append(name)
+            return step(*arguments, **settings)
+
+        return run
+
+    steps = zip(ops.Steps._fields, ops.OPERATORS, strict=True)
+    monkeypatch.setattr(ops, "OPERATORS", ops.Steps(*(noting(*step) for step in steps)))
+    return names
+
+
+def train(weight=None, **block):
+    """One training step; what came out."""
+    generator = torch.Generator().manual_seed(0)
+    input, grad_output = torch.randn(2, 4, 3, 5, 5, generator=generator)
+    leaf = input.requires_grad_()
+    weight = torch.ones(3) if weight is None else weight
+    output = sync_batch_norm(leaf, torch.zeros(3), torch.ones(3), weight, None, True, **block)
+    return output.detach(), torch.autograd.grad(output, leaf, grad_output)[0]
+
+
+@pytest.mark.parametrize("block", [{}, {"activation": "relu"}], ids=["layer", "block"])
+@pytest.mark.parametrize(
+    "watch",
+    [
+        *(contextlib.nullcontext, SeesOperators, SeesFunctions),
+        *(torch.autograd.profiler.profile, torch.profiler.profile),
+    ],
+)
+def test_steps_go_through_the_operators_where_torch_sees_them(watch, block, called, plain_torch):
+    """And past them, with the same result, where nothing does."""
+    expected = train(**block)
+    assert called == []
+    with watch():
+        results = train(**block)
+    suffix = "_block" if block else ""
+    steps = ["moments", *(name + suffix for name in ("normalize", "grad_moments", "grad_input"))]
+    if watch is contextlib.nullcontext:
+        steps = []
+    if watch is SeesFunctions:
+        steps = steps[:2]  # torch turns it off in a backward
+    assert called == steps
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+def test_other_kinds_of_tensors_go_through_the_operators(called, plain_torch):
+    train(torch.ones(3).as_subclass(Subclass))
+    assert called == ["moments", "normalize", "grad_moments", "grad_input"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_operators(plain_torch):
+    traced = torch.jit.trace(SyncBN(3), torch.randn(2, 3, 4), check_trace=False)
+    graph = str(traced.inlined_graph)
+    assert "triton_syncbn::moments" in graph
+    assert "triton_syncbn::normalize" in graph
 
 
 def compiled_and_eager(rank, world_size):

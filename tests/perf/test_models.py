@@ -3,7 +3,6 @@ agree.
 """
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -21,7 +20,7 @@ from models.training import error_of_losses
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import triton_syncbn
-from triton_syncbn.convert import BatchNorm
+from triton_syncbn.conversion.convert import BatchNorm
 
 CPU = torch.device("cpu")
 
@@ -77,23 +76,15 @@ def test_every_batch_norm_is_converted(name):
     assert batch_norms(model) == before
 
 
-def seconds_of_children():
-    """That they had a processor: another clock goes on while the machine does other things."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 @pytest.mark.slow
-def test_two_ranks_train_a_model_within_40_seconds(tmp_path):
+def test_two_ranks_train_a_model(tmp_path):
     file = tmp_path / "results" / "rows.csv"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [
         *(sys.executable, compare.__file__, "--model", "resnet50"),
         *("--samples", "1", "--csv", str(file)),
     ]
-    before = seconds_of_children()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    seconds = seconds_of_children() - before
     assert done.returncode == 0, done.stderr
     rows = pd.read_csv(file).set_index("impl")
     assert list(rows.index) == list(implementations(CPU))
@@ -103,7 +94,6 @@ def test_two_ranks_train_a_model_within_40_seconds(tmp_path):
     assert (rows.drop("torch_batchnorm").error_over_tolerance <= 1).all()
     assert pd.isna(rows.error_over_tolerance["torch_batchnorm"])  # of a rank's own batch
     assert "FAIL" not in done.stdout
-    assert seconds < 2 * 40  # on a processor for each rank
 
 
 class Biased(triton_syncbn.SyncBN):

@@ -1,0 +1,123 @@
+"""All that a GPU is needed for, one step after the other, into a folder: tests, times, configs.
+
+What matters most comes first, each step ends by a limit of time, and none waits for another to
+succeed: a machine that is lent for minutes tells what it can. `--list` shows the steps with no GPU.
+The exit status is 2 if something is missing, 1 if a step failed.
+"""
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from machine.environment import ROOT
+from report.goals import goals, goals_text
+
+LEAST_CAPABILITY = (7, 5)  # Triton's
+COMPARE = "perf/compare.py --dtype bf16 fp32 --layout channels_first channels_last"
+MODELS = (
+    "perf/compare.py --model resnet50 deeplab --dtype bf16 --layout channels_first --samples 30"
+)
+
+
+class Step(NamedTuple):
+    """A command of Python, run in the checkout; its output goes to OUT/name.txt."""
+
+    name: str
+    minutes: int  # after which it is stopped
+    arguments: str  # {out} stands for the folder
+
+    def command(self, out: pathlib.Path) -> list[str]:
+        """As a process gets it."""
+        return [sys.executable, *(word.format(out=out) for word in shlex.split(self.arguments))]
+
+
+STEPS = (
+    Step("versions", 1, "-m torch.utils.collect_env"),
+    Step("tests", 10, "-m pytest -m gpu -q"),
+    Step("rows", 20, f"{COMPARE} --csv {{out}}/rows.csv --plots {{out}}"),
+    Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv"),
+    Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv"),
+    Step("graphs", 20, f"{COMPARE} --cuda-graph --csv {{out}}/graphs.csv"),
+    Step("models", 15, f"{MODELS} --csv {{out}}/models.csv"),
+    Step("tune", 35, "perf/tune.py --resume --budget 30"),
+    Step("tuned", 20, f"{COMPARE} --csv {{out}}/tuned.csv"),
+)
+
+
+def missing() -> str | None:
+    """What this machine lacks, in a line; None where nothing does."""
+    if not (torch.version.cuda or torch.version.hip):
+        return f"torch {torch.__version__} is built for CPUs: expected a build for CUDA or ROCm"
+    if not torch.cuda.is_available():
+        return "no GPU, or no driver that this torch can use (nvidia-smi shows both)"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.cuda and capability < LEAST_CAPABILITY:
+        return f"the GPU is sm{capability[0]}{capability[1]}: expected sm75 or newer"
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        return "Triton is not installed"
+    return None if dist.is_nccl_available() else "torch is built without NCCL"
+
+
+def run(steps: list[Step], out: pathlib.Path) -> list[str]:
+    """Run the steps; a line of each, as printed. Those that failed begin with FAIL."""
+    lines = []
+    for step in steps:
+        start = time.monotonic()
+        with (out / f"{step.name}.txt").open("w", encoding="utf-8") as output:
+            print(f"{step.name} ...", flush=True)
+            try:
+                status: object = subprocess.run(
+                    step.command(out),
+                    cwd=ROOT,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    timeout=step.minutes * 60,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = f"stopped after {step.minutes} minutes"
+        seconds = time.monotonic() - start
+        verdict = "ok" if status == 0 else f"FAIL ({status})"
+        lines.append(f"{verdict}: {step.name}, {seconds:.0f} s, {output.name}")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the steps asked for, then hold what was measured against the goals."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=pathlib.Path, nargs="?", help="folder for what is written")
+    names = [step.name for step in STEPS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
+    parser.add_argument("--list", action="store_true", help="show the steps and their limits")
+    options = parser.parse_args(arguments)
+    steps = [step for step in STEPS if step.name in options.only]
+    if options.list:
+        for step in steps:
+            print(f"{step.name:10} {step.minutes:3} min at most: python {step.arguments}")
+        return 0
+    if options.out is None:
+        parser.exit(2, "make gpu: expected a folder to write to: make gpu OUT=folder\n")
+    if lack := missing():
+        parser.exit(2, f"make gpu: {lack}\n")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    lines = run(steps, out)
+    table = goals_text(goals(out))
+    (out / "goals.md").write_text(table, encoding="utf-8")
+    print(table)
+    return int(any(line.startswith("FAIL") for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
