@@ -8,7 +8,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --
 ENVIRONMENT := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python3
 
-.PHONY: help compare gpu tune test test-gpu soak versions architectures executed accuracy sanitize lint format clean
+.PHONY: help compare gpu tune test test-gpu soak versions architectures executed accuracy equivalence pictures sanitize lint format clean
 
 help:
 	@echo "make compare   time SyncBN against what there is (on a GPU if there is one), into build/compare; ARGS='--help' for options"
@@ -21,6 +21,8 @@ help:
 	@echo "make architectures   compile every kernel for every architecture: registers, spills, widths"
 	@echo "make executed  execute what is compiled for each architecture; ARGS='--mutations 100' changes it: is it noticed?"
 	@echo "make accuracy  write tests/ACCURACY.md"
+	@echo "make equivalence   train a small segmentation on 1 to 8 processes: is it one result? ARGS='--seeds 3' for means"
+	@echo "make pictures  draw errors where the mean is large, and bytes by formula, into docs/pictures"
 	@echo "make sanitize  run the kernel tests on a GPU under compute-sanitizer"
 	@echo "make lint      check style and types; make format to mend style"
 	@echo "make clean     remove the virtual environment and build files"
@@ -63,6 +65,13 @@ executed: $(ENVIRONMENT)
 
 accuracy: $(ENVIRONMENT)
 	$(RUN) perf/accuracy.py $(ARGS)
+
+equivalence: $(ENVIRONMENT)
+	$(RUN) perf/equivalence.py $(ARGS)
+
+pictures: $(ENVIRONMENT)
+	$(RUN) perf/cancellation.py --out docs/pictures
+	$(RUN) perf/traffic.py --out docs/pictures
 
 sanitize: $(ENVIRONMENT)
 	for tool in memcheck racecheck; do \

@@ -2,7 +2,10 @@
 of every access, and instructions of the main loop.
 
 Kernels are compiled at the default configs of a GPU of that many multiprocessors, for the large
-layers of shapes.csv, and disassembled by the tools that come with Triton.
+layers of shapes.csv, and disassembled by the tools that come with Triton. With --execute what is
+compiled is also executed, on a CPU, for the layers scaled down: instructions of a thread for each
+element; sectors of global memory over the least for each request, and over those that the bytes of
+the maps fill; passes over the banks of shared memory over the least.
 """
 
 import argparse
@@ -14,6 +17,7 @@ from typing import Any
 import pandas as pd
 from compiler.binaries import instructions_of, resources_of
 from compiler.compiling import Flags, compile_kernel, operands_without_memory
+from compiler.costs import cost_of
 from compiler.sass import bits_of, loads_in_flight, main_loop
 from layers.cases import DTYPES, LAYOUTS, Case, read_cases, suites
 from layers.steps import KERNELS
@@ -23,7 +27,9 @@ from triton_syncbn.kernels.indexing import geometry
 from triton_syncbn.kernels.launch_config import default_config
 
 
-def account(name: str, case: Case, multiprocessors: int, target: GPUTarget) -> dict[str, Any]:
+def account(
+    name: str, case: Case, multiprocessors: int, target: GPUTarget, execute: bool
+) -> dict[str, Any]:
     """One line of the table."""
     input = case.without_memory()
     config = default_config(name, geometry(input), multiprocessors)
@@ -50,6 +56,7 @@ def account(name: str, case: Case, multiprocessors: int, target: GPUTarget) -> d
         "fp64": doubles,
         "loop": len(counted) if loop else 0,
         "loop_per_element": len(counted) / elements if loop else float("nan"),
+        **(cost_of(name, case, config, target.arch)._asdict() if execute else {}),
     }
 
 
@@ -64,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--layer", nargs="+", help="names in shapes.csv")
+    parser.add_argument("--execute", action="store_true", help="and count what is executed")
     options = parser.parse_args(arguments)
     cases = [
         case
@@ -73,10 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     target = GPUTarget("cuda", options.arch, 32)
     work = [(name, case) for name in options.kernel for case in cases]
     table = pd.DataFrame(
-        account(name, case, options.multiprocessors, target)
+        account(name, case, options.multiprocessors, target, options.execute)
         for name, case in tqdm(work, unit="kernel", dynamic_ncols=True)
     )
-    print(table.to_string(index=False, float_format="%.1f"))
+    print(table.to_string(index=False, float_format="%.4g"))
     if options.csv:
         table.to_csv(options.csv, index=False, float_format="%.4g")
     return 0

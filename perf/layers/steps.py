@@ -67,17 +67,28 @@ def run_step(name: str, of: Operands, implementation: str = "kernels", **config:
     if name == "moments":
         return step(of.input, **config)
     if name == "normalize":
-        settings = {"eps": of.eps, "running": of.running(), **_of_block(of.block())}
-        return step(of.input, of.moments, of.weight, of.bias, **settings, **config)
+        return step(
+            of.input,
+            of.moments,
+            of.weight,
+            of.bias,
+            eps=of.eps,
+            running=of.running(),
+            **_of_block(of.block()),
+            **config,
+        )
     block = of.block_in_backward()
     if name == "grad_moments":
         dtypes = [None if tensor is None else tensor.dtype for tensor in (of.weight, of.bias)]
-        given = of.grad_output, of.input, of.moments, *dtypes, of.eps
-        return step(*given, **_of_block(block), **config)[0]
+        arguments = of.grad_output, of.input, of.moments, *dtypes, of.eps
+        return step(*arguments, **_of_block(block), **config)[0]
     if block is not LAYER_ALONE:
         block = block._replace(grad_residual=of.grad_residual)
-    arguments = of.grad_output, of.input, of.moments, of.grad_moments, of.weight, of.eps
-    return step(*arguments, **_of_block(block), **config)
+    return step(
+        *(of.grad_output, of.input, of.moments, of.grad_moments, of.weight, of.eps),
+        **_of_block(block),
+        **config,
+    )
 
 
 def _of_block(block: BlockOperands) -> dict[str, Any]:

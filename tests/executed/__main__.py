@@ -3,40 +3,30 @@
 python -m tests.executed                   all variants on all architectures: many minutes
 python -m tests.executed --architecture 90 --few
 python -m tests.executed --mutations 100   change compiled kernels: is it noticed?
-python -m tests.executed --costs           instructions, sectors and bank conflicts of layers
 """
 
 import argparse
 import collections
 import concurrent.futures
 import os
+import pathlib
 import sys
 import time
-from collections.abc import Iterable
 
 os.environ["TRITON_INTERPRET"] = "0"  # before anything imports triton
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "perf"))  # where the executor is
 
 from tqdm import tqdm
 
-from .costs import Cost, costs_of_layer, layers
 from .variants import (
-    ALIGNED,
     ARCHITECTURES,
-    LAYOUTS,
-    MANY_PROGRAMS,
-    Variant,
+    MUTATED,
     all_variants,
     few_variants,
 )
 from .workers import Outcome, Trial, execute, mutate, workers
 
-AT_ONCE = 8  # variants that a process takes
-# Of several warps and programs that share channels: with every barrier that there is.
-MUTATED = [
-    Variant(ALIGNED, splits=3, warps=4),
-    Variant((5, 37, 3, 61), splits=2, warps=2, layout="channels_last", momentum=None),
-    *MANY_PROGRAMS,
-]
+AT_ONCE = 2  # variants that a process takes
 
 
 def report(outcomes: list[Outcome], seconds: float) -> int:
@@ -65,26 +55,14 @@ def report(outcomes: list[Outcome], seconds: float) -> int:
             f"sm{capability}: {len({o.variant for o in those})} variants, {len(kernels)} different "
             f"kernels, {len(those)} runs"
         )
+    launches = sum(outcome.launches for outcome in outcomes)
+    repeated = sum(outcome.repeated for outcome in outcomes)
+    print(
+        f"{launches} launches; {repeated} of them were not executed again: their PTX, but for the "
+        "architecture's name, and all that it reads were those of another"
+    )
     print(f"{len(wrong)} mismatches, {seconds:.0f} s")
     return len(wrong)
-
-
-def report_costs(costs: Iterable[Cost]) -> None:
-    """Print a line for each kernel of each layer, as they come."""
-    print(
-        f"{'kernel':13}{'layer':28}{'layout':15}{'instructions':>13}{'sectors':>9}{'of bytes':>9}"
-        f"{'banks':>7}"
-    )
-    for cost in costs:
-        print(
-            f"{cost.kernel:13}{cost.layer:28}{cost.layout:15}{cost.instructions:13.1f}"
-            f"{cost.of_requests:9.3f}{cost.of_bytes:9.3f}{cost.conflicts:7.2f}",
-            flush=True,
-        )
-    print(
-        "instructions: for each element. sectors: over the least for each request, and over those"
-    )
-    print("of the tensors. banks: passes over shared memory's, over the least")
 
 
 def report_mutations(trials: list[Trial]) -> None:
@@ -97,7 +75,7 @@ def report_mutations(trials: list[Trial]) -> None:
         print(f"{name}: {sum(bool(trial.noticed) for trial in those)} of {len(those)} noticed")
     for trial in trials:
         if not trial.noticed:
-            print(f"  survived: {trial.kernel}, {trial.variant}: {trial.mutation}")
+            print(f"  {trial.kernel}, {trial.variant}: {trial.mutation}\n    {trial.explanation}")
 
 
 def main() -> int:
@@ -110,32 +88,20 @@ def main() -> int:
     )
     parser.add_argument("--few", action="store_true", help="the variants of the tests")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument(
-        "--costs", action="store_true", help="what layers cost instead, in bfloat16"
-    )
     parser.add_argument("--mutations", type=int, metavar="NUMBER", help="so many changes instead")
     options = parser.parse_args()
     start = time.perf_counter()
     with workers(options.jobs) as executor:
         if options.mutations is not None:
             tasks = [
-                executor.submit(mutate, [variant], options.architecture[-1], number)
-                for variant, number in zip(MUTATED, _shares(options.mutations), strict=True)
+                executor.submit(mutate, variants, options.architecture[-1], number)
+                for variants, number in zip(MUTATED, _shares(options.mutations), strict=True)
             ]
             report_mutations([trial for task in tasks for trial in task.result()])
             return 0
-        if options.costs:
-            tasks = [
-                executor.submit(costs_of_layer, layer, layout, options.architecture[-1])
-                for layer in layers()
-                for layout in LAYOUTS
-            ]
-            report_costs(cost for task in tasks for cost in task.result())
-            return 0
         variants = few_variants() if options.few else all_variants()
         tasks = [
-            executor.submit(execute, variants[first : first + AT_ONCE], capability)
-            for capability in options.architecture
+            executor.submit(execute, variants[first : first + AT_ONCE], options.architecture)
             for first in range(0, len(variants), AT_ONCE)
         ]
         done = tqdm(concurrent.futures.as_completed(tasks), total=len(tasks), disable=None)

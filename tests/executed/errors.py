@@ -19,6 +19,9 @@ ROUNDING = 2.0**-24
 OF_SUMS = 2 * ROUNDING  # of deviations, whose magnitudes are at most twice those of the values
 OF_SQUARES = 3 * ROUNDING  # a deviation counts twice in its square, which is rounded as well
 OF_PRODUCTS = 4 * ROUNDING  # a deviation, rstd, xhat and the product
+# Of an element of a map, in units of its terms: where one contracts two products and the other does
+# not, both products are rounded, and the inner of the sums differs by a rounding of each.
+OF_TERMS = 4 * ROUNDING
 # Of a float64 sum: a lane adds up 64 numbers, and each addition may be off by half a unit.
 OF_FLOAT64_SUMS = 64 * 2.0**-53
 UNIT = 2.0**-52  # of float64, relative
@@ -48,8 +51,8 @@ def _worst(difference: NDArray, allowed: NDArray) -> float:
     return float(np.inf if np.isnan(ratio).any() else ratio.max())
 
 
-def of_neighbours(kernel: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Error:
-    """Floats between two tensors, of any dtype: 1 where they are neighbours."""
+def _apart(actual: torch.Tensor, expected: torch.Tensor) -> NDArray:
+    """Floats between the values of two tensors of any dtype: 1 where they are neighbours."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
 
     def rank(tensor: torch.Tensor) -> NDArray:
@@ -59,9 +62,14 @@ def of_neighbours(kernel: str, what: str, actual: torch.Tensor, expected: torch.
 
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     apart = np.abs(rank(actual) - rank(expected))
-    largest = float(apart.max(initial=0))
-    if actual.is_floating_point() and not actual.isfinite().all():
-        largest = np.inf
+    if actual.is_floating_point():
+        apart[~actual.isfinite().numpy()] = np.inf
+    return apart
+
+
+def of_neighbours(kernel: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Error:
+    """The most floats between two tensors."""
+    largest = float(_apart(actual, expected).max(initial=0))
     return Error(kernel, what, _name(actual), largest, largest == 0)
 
 
@@ -162,14 +170,22 @@ class Exact:
                 yield of_neighbours("grad_moments", f"grad_{what}", made, total.to(made.dtype))
 
     def of_normalize(
-        self, sums: torch.Tensor, actual: torch.Tensor, expected: torch.Tensor
+        self,
+        sums: torch.Tensor,
+        actual: torch.Tensor,
+        expected: torch.Tensor,
+        residual: torch.Tensor | None,
     ) -> Iterable[Error]:
         """y."""
         mean, rstd, cancelled = self._statistics(sums)
         scaled = self.weight * rstd * (self.x - mean)
         of_mean = self.weight * rstd * mean
-        allowed = self._of_terms(cancelled, np.abs(scaled) + np.abs(self.bias), np.abs(of_mean))
-        yield self._of_map("normalize", "y", actual, expected, scaled + self.bias, allowed)
+        magnitude = np.abs(scaled) + np.abs(self.bias)
+        if residual is not None:
+            magnitude = magnitude + np.abs(self._rows(residual))
+        allowed = self._of_terms(cancelled, magnitude, np.abs(of_mean))
+        exact = scaled + self.bias
+        yield self._of_map("normalize", "y", actual, expected, exact, allowed, magnitude)
 
     def of_buffers(
         self,
@@ -215,8 +231,10 @@ class Exact:
         scale, slope = self.weight * rstd, rstd * second
         terms = scale * (self.dy - first), scale * slope * (self.x - mean)
         of_means = np.abs(scale * first) + np.abs(scale * slope * mean)
-        allowed = self._of_terms(cancelled, sum(map(np.abs, terms)), of_means)
-        yield self._of_map("grad_input", "dx", actual, expected, terms[0] - terms[1], allowed)
+        magnitude = sum(map(np.abs, terms))
+        allowed = self._of_terms(cancelled, magnitude, of_means)
+        exact = terms[0] - terms[1]
+        yield self._of_map("grad_input", "dx", actual, expected, exact, allowed, magnitude)
 
     def _of_map(
         self,
@@ -226,10 +244,21 @@ class Exact:
         of_reference: torch.Tensor,
         exact: Long,
         allowed: Long,
+        magnitude: Long,
     ) -> Error:
-        """Against the reference, or for float64 against 80-bit numbers."""
+        """Against the reference, or for float64 against 80-bit numbers.
+
+        An element that cancels to far below its terms, whose magnitudes add up to `magnitude`, is
+        one of many floats beside it: it is measured in float32 units of the terms. What float64
+        coefficients may be off by, in both, is as good as equal.
+        """
         if not self.is_double:
-            return of_neighbours(kernel, what, actual, of_reference)
+            difference = np.abs(self._rows(actual) - self._rows(of_reference))
+            maps = (t.movedim(1, 0).reshape(self.channels, -1) for t in (actual, of_reference))
+            apart = np.fmin(_apart(*maps), difference / np.maximum(OF_TERMS * magnitude, 1e-300))
+            apart = np.where(difference <= allowed, 0, apart)
+            largest = float(apart.max(initial=0))
+            return Error(kernel, what, self.dtype, largest, largest == 0)
         difference = self._rows(actual) - exact
         return Error(kernel, what, self.dtype, _worst(difference, allowed), not difference.any())
 

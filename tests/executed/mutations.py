@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.support.ptx.parsing import Address, Instruction, Kernel, Literal, Operand, Register
+from executor.parsing import Address, Instruction, Kernel, Literal, Operand, Register, Vector
 
 BARRIERS = ("bar.sync", "bar.warp.sync")
 # Parts of opcodes that are taken for each other.
@@ -23,11 +23,17 @@ class Mutation(NamedTuple):
 
     def __call__(self, kernel: Kernel) -> Kernel:
         """The kernel as changed."""
-        before, after = kernel.instructions[: self.index], kernel.instructions[self.index + 1 :]
-        if self.instruction:
-            return kernel._replace(instructions=(*before, self.instruction, *after))
-        labels = {name: target - (target > self.index) for name, target in kernel.labels.items()}
-        return kernel._replace(instructions=before + after, labels=labels)
+        return spliced(kernel, self.index, *[self.instruction] if self.instruction else [])
+
+
+def spliced(kernel: Kernel, index: int, *instructions: Instruction) -> Kernel:
+    """The kernel with some instructions in the place of one."""
+    before, after = kernel.instructions[:index], kernel.instructions[index + 1 :]
+    labels = {
+        name: target + (target > index) * (len(instructions) - 1)
+        for name, target in kernel.labels.items()
+    }
+    return kernel._replace(instructions=(*before, *instructions, *after), labels=labels)
 
 
 def without_barriers(kernel: Kernel) -> list[Mutation]:
@@ -116,4 +122,6 @@ def _of_operand(operand: Operand) -> str:
     if isinstance(operand, Address):
         base = operand.base if isinstance(operand.base, str) else operand.base.name
         return f"[{base}+{operand.offset}]"
+    if isinstance(operand, Vector):
+        return f"{{ {', '.join(map(_of_operand, operand.parts))} }}"
     return str(operand)

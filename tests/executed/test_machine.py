@@ -5,12 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-
-from tests.support.ptx.contraction import contract
-from tests.support.ptx.machine import Machine
-from tests.support.ptx.memory import GlobalMemory, Region
-from tests.support.ptx.parsing import Kernel, PtxError, parse
-from tests.support.ptx.races import check_races
+from executor.contraction import contract
+from executor.machine import Machine
+from executor.memory import GlobalMemory, Region
+from executor.parsing import Kernel, PtxError, parse
+from executor.races import check_races
 
 THREADS = 64  # of a program: two warps
 PTX = """
@@ -193,6 +192,18 @@ def test_an_access_that_is_outside_or_unaligned_stops_with_its_line(text, messag
         Run(text)
 
 
+def test_hints_for_caches_change_nothing_that_is_loaded_or_stored():
+    text = """
+    createpolicy.fractional.L2::evict_first.b64 %d2, 1.0;
+    st.global.L1::evict_first.L2::cache_hint.b32 [%d0+4], 7, %d2;
+    ld.global.L1::evict_first.L2::cache_hint.b32 %r2, [%d0+4], %d2;
+    ld.global.cg.b32 %r3, [%d0+4];
+    ld.global.L1::evict_last.b32 %r4, [%d0+4];
+    """
+    run = Run(text)
+    assert all(run.register(name) == THREADS * [7] for name in ("%r2", "%r3", "%r4"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -293,6 +304,25 @@ def test_sums_of_products_are_contracted():
 
     assert results(False) == [0, 0, 2 + 2.0**-50, 0]
     assert results(True) == [2.0**-104, -(2.0**-104), 2 + 2.0**-50, 0]
+
+
+def test_sums_of_pairs_of_products_are_contracted():
+    text = """
+    mov.b64 %d2, 0x3F8000013F800001;
+    mul.f32x2 %d3, %d2, %d2;
+    mov.b64 %d4, %d3;
+    sub.f32x2 %d5, %d3, %d4;
+    sub.f32x2 %d6, %d4, %d3;
+    xor.b64 %d7, %d4, 0x8000000080000000;
+    add.f32x2 %d7, %d7, %d3;
+    """
+
+    def results(contracted: bool) -> list[float]:
+        run = Run(text, change=contract if contracted else None)
+        return [run.machine.registers[f"%d{n}"][:1].view(np.float32).tolist() for n in (5, 6, 7)]
+
+    assert results(False) == [[0, 0]] * 3
+    assert results(True) == [[2.0**-46] * 2, [-(2.0**-46)] * 2, [2.0**-46] * 2]
 
 
 def test_tensors_lie_far_apart_and_are_aligned_as_on_a_gpu():

@@ -1,15 +1,17 @@
 """Each opcode does what "Parallel Thread Execution ISA" says of it; one that is not known stops."""
 
 import math
+import pathlib
+import re
 
 import numpy as np
 import pytest
-
-from tests.support.ptx.machine import Machine
-from tests.support.ptx.memory import GlobalMemory
-from tests.support.ptx.opcodes import OPCODES, TYPES
-from tests.support.ptx.parsing import PtxError, parse
-from tests.support.ptx.rounding import widen_bfloat16
+from executor.instructions import OTHER
+from executor.machine import Machine
+from executor.memory import GlobalMemory
+from executor.opcodes import OPCODES, TYPES
+from executor.parsing import PtxError, parse
+from executor.rounding import widen_bfloat16
 
 NAN, INF = math.nan, math.inf
 CLASSES = {"pred": "%p", "16": "%h", "32": "%r", "64": "%d"}
@@ -179,6 +181,15 @@ SAYINGS = [
     ("rsqrt.approx.ftz.f32", (2.0**-140,), INF),
     ("rsqrt.approx.ftz.f32", (-(2.0**-140),), -INF),
     ("rsqrt.approx.ftz.f32", (INF,), 0.0),
+    # .ftz: "subnormal inputs and results are flushed to sign-preserving zero".
+    ("abs.ftz.f32", (-1.5,), 1.5),
+    ("abs.ftz.f32", (-(2.0**-140),), 0.0),
+    ("abs.ftz.f32", (NAN,), NAN),
+    ("ex2.approx.ftz.f32", (3.0,), 8.0),
+    ("ex2.approx.ftz.f32", (-130.0,), 0.0),
+    ("fma.rn.ftz.f32", (1 + 2.0**-23, 1 - 2.0**-23, -1.0), -(2.0**-46)),
+    ("fma.rn.ftz.f32", (2.0**-140, 2.0**40, 1.0), 1.0),
+    ("fma.rn.ftz.f32", (2.0**-100, -(2.0**-40), 0.0), -0.0),
     # Comparisons: "if either operand is NaN, the result is False", unordered ones: True.
     ("setp.eq.s32", (-1, -1), True),
     ("setp.eq.b64", (2**40, 0), False),
@@ -280,6 +291,14 @@ def test_every_operation_has_a_saying():
 
     here = {form for form, *_ in SAYINGS} | {form for form in OPCODES if "x2" in form}
     assert {operation(form) for form in OPCODES} == {operation(form) for form in here}
+
+
+def test_every_other_instruction_is_in_a_test_of_its_own():
+    here = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    words = set(re.findall(r"[a-z][\w.:]*", here))
+    for pattern, binder in OTHER:
+        if binder.__module__ == "executor.instructions":
+            assert any(map(pattern.fullmatch, words)), binder.__name__
 
 
 def test_approximate_results_are_put_off_by_two_units_at_most_and_alike_in_all_threads():

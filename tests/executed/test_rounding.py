@@ -5,10 +5,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from executor.rounding import fma32, fma64, round_to_bfloat16, widen_bfloat16
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from tests.support.ptx.rounding import fma32, fma64, round_to_bfloat16, widen_bfloat16
 
 FLOAT64 = st.floats(width=64, allow_nan=False, allow_infinity=False)
 FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)

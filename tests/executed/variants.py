@@ -7,6 +7,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from executor.launch import Launch, Results, executed_instead_of_launched
+from executor.parsing import Kernel
 from triton_syncbn.kernels import (
     combine,
     grad_input,
@@ -24,11 +26,9 @@ from triton_syncbn.kernels.launch_config import (
     fit_splits,
 )
 
-from tests.support.ptx.launch import Launch, executed_instead_of_launched
-from tests.support.ptx.parsing import Kernel
 from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
-from triton_syncbn.operands import LAYER_ALONE, BlockOperands, RunningStatistics
+from triton_syncbn.operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
 
 from . import errors
 from .errors import Error
@@ -47,6 +47,7 @@ class Variant(NamedTuple):
     weight, bias, running: dtypes, or None where there is none. splits, warps: of each channel or
     block, and of a program; None: as by default. wide: 64-bit offsets. beside: tensors begin that
     many elements after an aligned address. activation, residual: of the block that the layer is in.
+    frozen: it normalizes with its running statistics.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class Variant(NamedTuple):
     beside: int = 0
     activation: str | None = None
     residual: bool = False
+    frozen: bool = False
 
     def __str__(self) -> str:
         default = Variant(self.shape)._asdict()
@@ -121,12 +123,65 @@ MANY_PROGRAMS = [
 ]
 
 
-# A gated activation and a smooth one; gates of a bit, and of a byte.
+# Of several warps and programs that share channels: with every barrier that there is. Each beside
+# others that run the same kernel on other sizes, so that what sizes decide is decided either way.
+MUTATED = [
+    [base, *(base._replace(**other) for other in others)]
+    for base, others in [
+        (
+            Variant(ALIGNED, splits=3, warps=4),
+            [{"shape": (5, 8, 16, 16)}, {"shape": (2, 9, 16, 16)}, {"shape": (3, 12, 12, 16)}],
+        ),
+        (
+            Variant((5, 37, 3, 61), layout="channels_last", momentum=None, splits=2, warps=2),
+            [
+                {"shape": (3, 35, 7, 9)},
+                {"shape": (4, 69, 3, 61)},
+                {"shape": (9, 101, 9, 17), "splits": 40},
+            ],
+        ),
+        (
+            MANY_PROGRAMS[0],
+            [{"shape": (3, 2, 36, 36), "splits": 60}, {"shape": (2, 5, 32, 64)}],
+        ),
+        (MANY_PROGRAMS[1], [{"shape": (61, 60)}, {"shape": (200, 132), "splits": 40}]),
+        (
+            Variant((8, 16, 9, 11), torch.bfloat16, splits=2, warps=2),
+            [{"shape": (7, 16, 9, 9)}, {"shape": (16, 8, 5, 19), "splits": 4}],
+        ),
+        (
+            Variant(ALIGNED, torch.bfloat16, splits=3, warps=2, activation="relu", residual=True),
+            [{"shape": (5, 8, 16, 16)}, {"shape": (3, 12, 12, 16)}],
+        ),
+        (
+            Variant(
+                *((5, 37, 3, 61), torch.bfloat16, "channels_last"),
+                **{"splits": 2, "warps": 2, "activation": "silu", "residual": True},
+            ),
+            [{"shape": (3, 35, 7, 9)}, {"shape": (9, 69, 9, 17), "splits": 20}],
+        ),
+    ]
+]
+
+
+# A gated activation and a smooth one, gates of a bit, and of a byte; then what else there is.
 BLOCKS = [
     Variant(shape, torch.bfloat16, layout, activation=activation, residual=residual)
     for shape, layout, activation, residual in itertools.product(
         (ALIGNED, ODD), LAYOUTS, ("relu", "silu"), (False, True)
     )
+] + [
+    *(Variant(ALIGNED, torch.bfloat16, activation=activation) for activation in ACTIVATIONS),
+    *(Variant(ODD, dtype, residual=True) for dtype in DTYPES[:2]),
+    *(Variant(shape, activation="relu", residual=True) for shape in (ALIGNED, ODD)),
+]
+FROZEN = [
+    *(
+        Variant(shape, dtype, layout, frozen=True)
+        for shape, dtype, layout in itertools.product((ALIGNED, ODD), DTYPES[:2], LAYOUTS)
+    ),
+    Variant(ALIGNED, torch.bfloat16, activation="relu", residual=True, frozen=True),
+    Variant(ODD, torch.bfloat16, "channels_last", weight=None, bias=None, frozen=True),
 ]
 
 
@@ -139,7 +194,7 @@ def all_variants() -> list[Variant]:
             (ALIGNED, ODD), (torch.float32, torch.bfloat16), LAYOUTS, FLAGS + LAUNCHES
         )
     ]
-    return maps + others + MANY_PROGRAMS + BLOCKS
+    return list(dict.fromkeys(maps + others + MANY_PROGRAMS + BLOCKS + FROZEN))
 
 
 def few_variants() -> list[Variant]:
@@ -176,9 +231,14 @@ class Inputs(NamedTuple):
             for name in names
         }
 
+    def moments_of_buffers(self) -> torch.Tensor:
+        """Sums whose mean and variance are the running statistics, of a batch of one value."""
+        mean, variance = self.running_mean.double(), self.running_var.double()
+        return torch.cat([mean, variance + mean**2, torch.ones(1).double()])
+
 
 def draw(variant: Variant) -> Inputs:
-    """The same for the same variant."""
+    """The same for the same variant; all values of one channel are equal."""
     generator = torch.Generator().manual_seed(0)
     channels = variant.shape[1]
 
@@ -199,6 +259,8 @@ def draw(variant: Variant) -> Inputs:
 
     per_channel = (-1, *[1] * (len(variant.shape) - 2))
     deviation = normal(channels).exp().view(per_channel)
+    if channels > 1:
+        deviation[channels // 2] = 0  # equal values, whose variance is what rounding leaves
     mean = (3 * normal(channels)).view(per_channel)
     return Inputs(
         map_of(normal(*variant.shape) * deviation + mean),
@@ -219,12 +281,19 @@ class Block:
         self.drawn = drawn
         self.activation = variant.activation
         self.gates = None
+        self.running = NOT_TRACKED
+        moments = None
+        if variant.frozen:
+            self.running = RunningStatistics(drawn.running_mean, drawn.running_var)
+        else:
+            moments = reference.moments(drawn.input)
         gated = variant.activation is not None and ACTIVATIONS[variant.activation].gated
         if gated and variant.residual:
             self.gates = ops.new_gates(drawn.input, True)
             reference.normalize(
-                *(drawn.input, reference.moments(drawn.input), drawn.weight, drawn.bias),
+                *(drawn.input, moments, drawn.weight, drawn.bias),
                 eps=EPS,
+                running=self.running,
                 block=self.in_forward(self.gates),
             )
 
@@ -235,15 +304,35 @@ class Block:
     def in_backward(self) -> BlockOperands:
         """That of the other two."""
         if self.activation is None:
-            return LAYER_ALONE
-        residual = self.drawn.residual if self.gates is None else None
-        weights = {"weight": self.drawn.weight, "bias": self.drawn.bias}
-        return BlockOperands(self.activation, residual=residual, gates=self.gates, **weights)
+            return LAYER_ALONE._replace(running=self.running)
+        return BlockOperands(
+            self.activation,
+            residual=self.drawn.residual if self.gates is None else None,
+            gates=self.gates,
+            weight=self.drawn.weight,
+            bias=self.drawn.bias,
+            running=self.running,
+        )
 
 
-def config_of(kernel: str, variant: Variant, input: torch.Tensor, capability: int) -> LaunchConfig:
+def geometry_of(variant: Variant) -> Geometry:
+    """A variant's input as the kernels see it."""
+    samples, channels, *spatial = variant.shape
+    sizes = variant.shape
+    if variant.layout == "channels_last":
+        sizes = (samples, *spatial, channels)
+    input = torch.empty(sizes, dtype=variant.dtype, device="meta")
+    return geometry(input if sizes == variant.shape else input.movedim(-1, 1))
+
+
+def config_of(
+    kernel: str, variant: Variant, capability: int, like: Variant | None = None
+) -> LaunchConfig:
     """The default for a GPU of the architecture, but for what the variant says."""
-    shape = geometry(input)
+    shape = geometry_of(variant)
+    if like is not None:
+        config = config_of(kernel, like, capability)
+        return fit_splits(kernel, shape, config._replace(splits=variant.splits or config.splits))
     config = default_config(kernel, shape, ARCHITECTURES[capability])
     if variant.warps:
         config = config._replace(num_warps=variant.warps)
@@ -279,16 +368,19 @@ def run(
     seed: int | None = None,
     kernel: str | None = None,
     change: Callable[[Kernel], Kernel] | None = None,
+    results: Results | None = None,
+    like: Variant | None = None,
 ) -> tuple[list[Error], list[Launch]]:
     """Execute the four kernels of a layer, or one of them, and compare what they write.
 
-    change: what is done to a kernel before it is executed.
+    change, results: see `executed_instead_of_launched`. like: a variant whose tiles and warps are
+    taken, so that the kernel is the same if it knows no more of the sizes.
     """
     combine._kept.clear()  # whatever a launch before this one left there
     drawn = draw(variant)
     exact = errors.Exact(drawn.input, drawn.grad_output, drawn.weight, drawn.bias, EPS)
     config = {
-        name: config_of(name, variant, drawn.input, capability)
+        name: config_of(name, variant, capability, like)
         for name in ("moments", "normalize", "grad_moments", "grad_input")
     }
     block = Block(variant, drawn)
@@ -296,17 +388,21 @@ def run(
     wanted = (lambda name: True) if kernel is None else kernel.__eq__
     with (
         _offsets(variant.wide),
-        executed_instead_of_launched(capability, seed, change) as launches,
+        executed_instead_of_launched(capability, seed, change, results) as launches,
     ):
         # Each kernel gets what the reference made of the steps before.
         sums = reference.moments(drawn.input)
         products = reference.grad_moments(
             drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS
         )[0]
+        given = sums, products
+        if variant.frozen:
+            sums, products = drawn.moments_of_buffers(), torch.zeros_like(products)
+            given = None, None
         if wanted("moments"):
             found += exact.of_moments(moments.moments(drawn.input, config["moments"]))
         if wanted("normalize"):
-            arguments = (drawn.input, sums, drawn.weight, drawn.bias)
+            arguments = (drawn.input, given[0], drawn.weight, drawn.bias)
             momentum = variant.momentum
             if momentum is None and not variant.counter:
                 momentum = 0.1
@@ -325,21 +421,29 @@ def run(
                 block=block.in_forward(gates[1]),
                 config=config["normalize"],
             )
-            found += exact.of_normalize(sums, actual, expected)
+            found += exact.of_normalize(sums, actual, expected, drawn.residual)
             if block.gates is not None:
                 found.append(errors.of_equal("normalize", "gates", gates[1], gates[0]))
-            found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
+            if variant.frozen:
+                found += [
+                    errors.of_equal("normalize", name, of_kernel[name], tensor)
+                    for name, tensor in drawn.buffers().items()
+                    if tensor is not None
+                ]
+            else:
+                found += exact.of_buffers(sums, drawn._asdict(), of_kernel, of_reference)
         of_block = block.in_backward()
         if wanted("grad_moments"):
-            arguments = (drawn.grad_output, drawn.input, sums, variant.weight, variant.bias, EPS)
-            actual = grad_moments.grad_moments(*arguments, of_block, config["grad_moments"])
-            if of_block is not LAYER_ALONE:
-                plain = reference.grad_moments(*arguments, of_block)
+            dtypes = variant.weight, variant.bias
+            arguments = (drawn.grad_output, drawn.input, given[0], *dtypes, EPS, of_block)
+            actual = grad_moments.grad_moments(*arguments, config["grad_moments"])
+            if variant.activation is not None:
+                plain = reference.grad_moments(*arguments)
                 found.append(errors.of_block_sums(actual[0], plain[0], drawn.grad_output))
             else:
                 found += exact.of_grad_moments(sums, *actual)
         if wanted("grad_input"):
-            arguments = (drawn.grad_output, drawn.input, sums, products, drawn.weight, EPS)
+            arguments = (drawn.grad_output, drawn.input, *given, drawn.weight, EPS)
             has_two = variant.residual and variant.activation is not None
             others = [torch.empty_like(drawn.input) for _ in range(2)] if has_two else []
             expected, actual = (

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -12,12 +13,17 @@ from unittest import mock
 import torch
 
 if TYPE_CHECKING:  # what imports the kernels does so in the workers
-    from .costs import Cost
+    from compiler.costs import Cost
+    from executor.launch import Results
+
     from .errors import Error
     from .mutations import Mutation
     from .variants import Variant
 
 SEEDS = (None, 1)  # in step, and in another order
+# Objects. Compiling and executing make millions that stay for a launch: by default, looking through
+# them takes half of the time.
+COLLECTED_EACH = 200_000
 KERNELS = ("moments", "normalize", "grad_moments", "grad_input")
 
 
@@ -29,7 +35,9 @@ class Outcome(NamedTuple):
     seed: int | None
     errors: list["Error"]
     fault: str
-    kernels: frozenset[str]  # of all that were executed, the PTX
+    kernels: frozenset[str] = frozenset()  # of all that were launched, the hashes
+    launches: int = 0
+    repeated: int = 0  # of them, those found among the results of another architecture
 
     def complaints(self) -> list[str]:
         """What is wrong."""
@@ -49,6 +57,7 @@ class Trial(NamedTuple):
     barrier: bool
     warps: int
     noticed: str
+    explanation: str  # of what was not noticed
 
 
 @contextlib.contextmanager
@@ -63,6 +72,8 @@ def workers(jobs: int) -> Iterator[concurrent.futures.Executor]:
 
 
 def _prepare() -> None:
+    gc.freeze()
+    gc.set_threshold(COLLECTED_EACH)
     torch.set_num_threads(1)
     # torch.empty returns NaN, or the largest integer
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -70,41 +81,54 @@ def _prepare() -> None:
 
 
 def execute(
-    variants: Sequence["Variant"], capability: int, seeds: Sequence[int | None] = SEEDS
+    variants: Sequence["Variant"],
+    capabilities: Sequence[int],
+    seeds: Sequence[int | None] = SEEDS,
 ) -> list[Outcome]:
-    """Run variants, in each of the orders; sums of products are contracted in all but the first."""
-    from tests.support.ptx.contraction import contract
-    from tests.support.ptx.parsing import PtxError
+    """Run variants, in each of the orders, on each architecture; sums of products are contracted in
+    all orders but the first. What two architectures have in common runs once.
+    """
+    return [
+        outcome
+        for variant in variants
+        for seed in seeds
+        for results in [{}]
+        for capability in capabilities
+        for outcome in [_execute(variant, capability, seed, results)]
+    ]
+
+
+def _execute(variant: "Variant", capability: int, seed: int | None, results: "Results") -> Outcome:
+    from executor.contraction import contract
+    from executor.parsing import PtxError
 
     from .variants import run
 
-    outcomes = []
-    for variant in variants:
-        for seed in seeds:
-            label = str(variant), capability, seed
-            try:
-                change = None if seed is None else contract
-                errors, launches = run(variant, capability, seed, change=change)
-            except PtxError as error:
-                outcomes.append(Outcome(*label, [], str(error), frozenset()))
-            else:
-                texts = frozenset(launch.compiled for launch in launches)
-                outcomes.append(Outcome(*label, errors, "", texts))
-    return outcomes
+    label = str(variant), capability, seed
+    change = None if seed is None else contract
+    try:
+        errors, launches = run(variant, capability, seed, change=change, results=results)
+    except PtxError as error:
+        return Outcome(*label, [], str(error))
+    repeated = sum(launch.machine is None for launch in launches)
+    hashes = frozenset(launch.compiled for launch in launches)
+    return Outcome(*label, errors, "", hashes, len(launches), repeated)
 
 
 def execute_few(capability: int, chosen: slice) -> list[Outcome]:
     """Run some of the few variants."""
     from .variants import few_variants
 
-    return execute(few_variants()[chosen], capability)
+    return execute(few_variants()[chosen], [capability])
 
 
 def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
-    """What notices that an instruction is left out, of a kernel of several warps and programs: of
-    those whose opcode begins so, the one of that number, or the last before another opcode.
+    """What notices that an instruction is left out, of a kernel of several warps and programs, or
+    why nothing does. Of those whose opcode begins so, the one of that number, or the last before
+    another opcode.
     """
     from .mutations import Mutation
+    from .survivors import explain
     from .variants import few_variants, run
 
     variant = few_variants()[0]
@@ -116,7 +140,9 @@ def notice_what_is_left_out(name: str, opcode: str, which: int | str) -> str:
         place = max(n for n in places if n < end)
     else:
         place = places[which]
-    return _noticed(variant, 90, name, Mutation("", place, None))
+    mutation = Mutation("", place, None)
+    noticed = _noticed([variant], 90, name, mutation)
+    return noticed or explain([variant], 90, name, launch.kernel, mutation)
 
 
 def race_of_counter() -> list[str]:
@@ -124,60 +150,64 @@ def race_of_counter() -> list[str]:
     from . import variants
 
     many_channels = variants.Variant((2, 300, 3), warps=4, momentum=None)
-    outcomes = execute([many_channels], 90)
+    outcomes = execute([many_channels], [90])
     return [text for outcome in outcomes for text in outcome.complaints()]
 
 
-def costs(layer: str, layout: str, capability: int) -> list["Cost"]:
-    """See `costs_of_layer`."""
-    from .costs import costs_of_layer
+def costs(layer: str, layout: str, capability: int) -> dict[str, "Cost"]:
+    """Of the kernels of a layer in bfloat16."""
+    from compiler.costs import cost_of
+    from layers.cases import read_cases, suites
+    from triton_syncbn.kernels.indexing import geometry
+    from triton_syncbn.kernels.launch_config import default_config
 
-    return costs_of_layer(layer, layout, capability)
+    from .variants import ARCHITECTURES
+
+    (case,) = (c for c in read_cases(suites(), ["bf16"], [layout]) if c.layer == layer)
+    shape = geometry(case.without_memory())
+    configs = {name: default_config(name, shape, ARCHITECTURES[capability]) for name in KERNELS}
+    return {name: cost_of(name, case, configs[name], capability) for name in KERNELS}
 
 
 def mutate(variants: Sequence["Variant"], capability: int, changes: int) -> list[Trial]:
-    """Leave out each barrier in turn, and make so many other changes to the kernels."""
+    """Leave out each barrier in turn, and make so many other changes to the kernels, which all the
+    variants have in common.
+    """
     from .mutations import draw, without_barriers
+    from .survivors import explain
     from .variants import run
 
     kernels = {}
-    for variant in variants:
-        for name in KERNELS:
-            _, (launch,) = run(variant, capability, None, name)
-            kernels[variant, name] = launch.kernel
+    for name in KERNELS:
+        launches = [run(v, capability, None, name, like=variants[0])[1] for v in variants]
+        assert len({launch.compiled for (launch,) in launches}) == 1, f"{name}: {variants}"
+        kernels[name] = launches[0][0].kernel
     work = [
-        (variant, name, mutation, True)
-        for (variant, name), kernel in kernels.items()
+        (name, mutation, True)
+        for name, kernel in kernels.items()
         for mutation in without_barriers(kernel)
     ]
     dice = random.Random(0)
     for _ in range(changes):
-        (variant, name), kernel = dice.choice(list(kernels.items()))
-        work.append((variant, name, draw(kernel, dice), False))
-    return [
-        Trial(
-            str(variant),
-            name,
-            mutation.words,
-            barrier,
-            kernels[variant, name].threads // 32,
-            _noticed(variant, capability, name, mutation),
-        )
-        for variant, name, mutation, barrier in work
-    ]
+        name = dice.choice(KERNELS)
+        work.append((name, draw(kernels[name], dice), False))
+    trials = []
+    for name, mutation, barrier in work:
+        noticed = _noticed(variants, capability, name, mutation)
+        why = "" if noticed else explain(variants, capability, name, kernels[name], mutation)
+        label = str(variants[0]), name, mutation.words, barrier, kernels[name].threads // 32
+        trials.append(Trial(*label, noticed, why))
+    return trials
 
 
-def _noticed(variant: "Variant", capability: int, name: str, mutation: "Mutation") -> str:
-    from tests.support.ptx.parsing import PtxError
+def _noticed(
+    variants: Sequence["Variant"], capability: int, name: str, mutation: "Mutation"
+) -> str:
+    from .survivors import execute
 
-    from .variants import run
-
-    for seed in SEEDS:
-        try:
-            errors, _ = run(variant, capability, seed, name, mutation)
-        except PtxError as error:
-            return str(error)
-        wrong = [f"{e.what}: {e.error:.3g}" for e in errors if not e.error <= 1]
-        if wrong:
-            return ", ".join(wrong)
+    for variant in variants:
+        for seed in SEEDS:
+            found = execute(variant, variants[0], capability, seed, name, mutation)
+            if found.noticed:
+                return found.noticed
     return ""

@@ -24,7 +24,7 @@ def test_all_loads_of_a_tile_are_under_way_at_a_time_and_registers_suffice(tmp_p
     table = tmp_path / "table.csv"
     done = subprocess.run(
         [
-            *(sys.executable, "perf/inspect_kernels.py", "--csv", str(table)),
+            *(sys.executable, "perf/inspect_kernels.py", "--execute", "--csv", str(table)),
             *("--layer", "resnet50 stem", "--dtype", "bf16", "--layout", "channels_first"),
         ],
         cwd=ROOT,
@@ -43,3 +43,4 @@ def test_all_loads_of_a_tile_are_under_way_at_a_time_and_registers_suffice(tmp_p
     assert (kernels["spilled"] == 0).all()
     assert (kernels.registers <= 128).all()
     assert kernels.accesses.str.contains("LDG128").all()
+    assert (kernels.sectors_of_bytes <= 1.05).all()

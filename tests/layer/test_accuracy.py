@@ -151,7 +151,9 @@ def test_equal_values_have_no_variance(sizes, implementation):
 
 
 @pytest.mark.parametrize(
-    "step", [ops.normalize, cpu.normalize, reference.normalize], ids=accuracy.OURS
+    "step",
+    [ops.OPERATORS.normalize, cpu.normalize, reference.normalize],
+    ids=accuracy.OURS,
 )
 def test_first_batch_of_an_average_keeps_its_digits(step):
     """With momentum 1, or None and no batch before, the buffer is that of the batch."""

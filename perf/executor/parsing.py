@@ -1,5 +1,6 @@
 """From the text of a PTX module with one kernel to its instructions."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -79,6 +80,7 @@ _SKIPPED = (".loc", ".pragma")  # where a line comes from, and hints for ptxas
 _NUMBER = re.compile(r"-?\d+|-?0x[0-9a-fA-F]+U?")
 
 
+@functools.lru_cache(maxsize=64)
 def parse(ptx: str) -> Kernel:
     """The one kernel of a module."""
     entries = list(_ENTRY.finditer(ptx))
@@ -133,6 +135,7 @@ def _split(operands: str) -> list[str]:
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|[^,])+", operands) if part.strip()]
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def _operand(text: str) -> Operand:
     if text.startswith("{"):
         return Vector(tuple(_operand(part) for part in _split(text[1:-1])))

@@ -6,6 +6,7 @@ and returns what is done for some threads.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,15 @@ MATRIX_ROW = 16  # bytes: ldmatrix and stmatrix move 8 x 8 numbers of 16 bits
 ALL_LANES = (-1, 0xFFFFFFFF)
 # What changes where data is cached, and nothing else.
 _HINTS = r"(?:\.cg|\.L1::evict_first|\.L1::evict_last)?(\.L2::cache_hint)?"
+
+
+@functools.cache
+def find(opcode: str) -> tuple[Binder, re.Match[str]] | None:
+    """What binds instructions of an opcode, and what its pattern matched; None where none does."""
+    for pattern, binder in OTHER:
+        if form := pattern.fullmatch(opcode):
+            return binder, form
+    return None
 
 
 def _form(pattern: str) -> Callable[[Binder], Binder]:

@@ -13,6 +13,8 @@ It fails on
 - a barrier that not all threads of a program reach; a shuffle by a part of a warp;
 and what was never written (registers, shared memory, `torch.empty`) holds garbage.
 
+The tests in tests/executed hold the kernels to what it finds; compiler/costs.py counts what it did.
+
 It cannot see
 - ptxas: the PTX is executed, not the machine code. What ptxas may do to sums of products
   `contraction.contract` does;

@@ -98,7 +98,7 @@ class GlobalMemory:
         if key not in self._tensors:
             start = tensor.storage_offset() * tensor.element_size()
             bytes_ = torch.empty(0, dtype=torch.uint8).set_(
-                tensor.untyped_storage(), start, (size,)
+                tensor.untyped_storage(), start, (size,), (1,)
             )
             gap = GUARD + ALIGNMENT * int(self._random.integers(1 << 12))
             base = -(-(self._end + gap) // ALIGNMENT) * ALIGNMENT + key[0] % 16

@@ -76,6 +76,7 @@ class Machine:
                     line = self.kernel.instructions[start].line
                     raise PtxError(f"line {line}: no end after {MOST_STEPS} instructions")
                 self._run_block(start, ready[self.next[ready] == start])
+        self._actions.clear()  # they know the machine, which so is gone as soon as nobody needs it
         if self._waiting.any():
             barrier = self.kernel.instructions[self.next[self._waiting].min() - 1]
             raise PtxError(f"line {barrier.line}: {barrier.text}: not all threads come here")
@@ -121,9 +122,9 @@ class Machine:
     def _bind(self, instruction: Instruction) -> Callable[[Threads], None]:
         """The function that executes an instruction, for some threads."""
         try:
-            for pattern, bind in instructions.OTHER:
-                if form := pattern.fullmatch(instruction.opcode):
-                    return bind(self, instruction, form)
+            if found := instructions.find(instruction.opcode):
+                bind, form = found
+                return bind(self, instruction, form)
             return self._bind_arithmetic(instruction)
         except (KeyError, ValueError, PtxError) as error:
             where = f"line {instruction.line}: {instruction.text}"

@@ -159,7 +159,7 @@ def _canonical(function: Callable[..., Array]) -> Callable[..., Array]:
     return quiet
 
 
-_NAN = {
+_NAN: dict[int, Array] = {
     4: np.array([0x7FFFFFFF], np.uint32).view(np.float32),
     8: np.array([0x7FF8000000000000], np.uint64).view(np.float64),
 }
@@ -192,6 +192,15 @@ for _kind, _fma in (("f32", fma32), ("f64", fma64)):
 define("ex2.approx.f32", _canonical(np.exp2), "f32", approximate=2)
 define("div.full.f32", _canonical(np.divide), "f32", "f32", approximate=2)
 define("rsqrt.approx.ftz.f32", _canonical(_reciprocal_root), "f32", approximate=2)
+
+
+def _flushing(function: Callable[..., Array]) -> Callable[..., Array]:
+    return _canonical(lambda *operands: _flush(function(*map(_flush, operands))))
+
+
+define("abs.ftz.f32", _flushing(np.abs), "f32")
+define("ex2.approx.ftz.f32", _flushing(np.exp2), "f32", approximate=2)
+define("fma.rn.ftz.f32", _flushing(fma32), "f32", "f32", "f32")
 
 
 def _pairs(function: Callable[..., Array]) -> Callable[..., Array]:

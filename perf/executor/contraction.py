@@ -2,9 +2,11 @@
 
 import re
 
-from .parsing import Instruction, Kernel, Register
+from .parsing import Instruction, Kernel, Literal, Register
 
-_SUM = re.compile(r"(add|sub)\.(f32|f64)")
+_SUM = re.compile(r"(add|sub)\.(f32|f64|f32x2)")
+_BOTH_SIGNS = Literal(0x8000000080000000)  # of two float32 numbers, for which there is no neg
+_BITS = {"f32": 32, "f64": 64, "f32x2": 64}
 
 
 def contract(kernel: Kernel) -> Kernel:
@@ -13,7 +15,7 @@ def contract(kernel: Kernel) -> Kernel:
     products = {
         instruction.operands[0]: instruction
         for instruction in kernel.instructions
-        if instruction.opcode in ("mul.f32", "mul.f64") and instruction.guard is None
+        if instruction.opcode in ("mul.f32", "mul.f64", "mul.f32x2") and instruction.guard is None
     }
     registers = dict(kernel.registers)
     instructions: list[Instruction] = []
@@ -31,10 +33,11 @@ def contract(kernel: Kernel) -> Kernel:
                 addend = second if first == product else first
                 if name == "sub":  # a * b - second, or first - a * b
                     minus = Register(f"%minus{len(instructions)}")
-                    registers[minus.name] = int(kind[1:])
-                    negated = (minus, addend if first == product else a)
+                    registers[minus.name] = _BITS[kind]
+                    negated = addend if first == product else a
+                    opcode, *others = ("xor.b64", _BOTH_SIGNS) if "x2" in kind else (f"neg.{kind}",)
                     instructions.append(
-                        instruction._replace(opcode=f"neg.{kind}", operands=negated)
+                        instruction._replace(opcode=opcode, operands=(minus, negated, *others))
                     )
                     a, addend = (a, minus) if first == product else (minus, addend)
                 instruction = instruction._replace(

@@ -1,0 +1,1 @@
+"""A small semantic segmentation, trained by one process or several."""
