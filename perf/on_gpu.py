@@ -44,13 +44,8 @@ STEPS = (
     Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv"),
     Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv"),
     Step("graphs", 20, f"{COMPARE} --cuda-graph --csv {{out}}/graphs.csv"),
-<<<<<<< HEAD
     Step("models", 15, f"{MODELS} --csv {{out}}/models.csv"),
-=======
-    Step("models", 15, "perf/compare.py --model resnet50 deeplab --csv {out}/models.csv"),
-    Step("scale", 5, "perf/compare.py --scale --csv {out}/scale.csv --plots {out}"),
     Step("equivalence", 10, "perf/equivalence.py --device cuda --out {out}"),
->>>>>>> main
     Step("tune", 35, "perf/tune.py --resume --budget 30"),
     Step("tuned", 20, f"{COMPARE} --csv {{out}}/tuned.csv"),
 )
