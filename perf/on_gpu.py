@@ -20,6 +20,9 @@ from report.goals import goals, goals_text
 
 LEAST_CAPABILITY = (7, 5)  # Triton's
 COMPARE = "perf/compare.py --dtype bf16 fp32 --layout channels_first channels_last"
+MODELS = (
+    "perf/compare.py --model resnet50 deeplab --dtype bf16 --layout channels_first --samples 30"
+)
 
 
 class Step(NamedTuple):
@@ -41,7 +44,7 @@ STEPS = (
     Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv"),
     Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv"),
     Step("graphs", 20, f"{COMPARE} --cuda-graph --csv {{out}}/graphs.csv"),
-    Step("models", 15, "perf/compare.py --model resnet50 deeplab --csv {out}/models.csv"),
+    Step("models", 15, f"{MODELS} --csv {{out}}/models.csv"),
     Step("tune", 35, "perf/tune.py --resume --budget 30"),
     Step("tuned", 20, f"{COMPARE} --csv {{out}}/tuned.csv"),
 )
