@@ -160,6 +160,7 @@ def _launch_by_triton(
         TILING=plan.tiling,
         **constants,
         num_warps=plan.num_warps,
+        enable_fp_fusion=True,  # Triton's default until it changes
     )
 
 

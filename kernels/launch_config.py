@@ -165,8 +165,12 @@ def fit_splits(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchConf
     return config._replace(splits=max(splits, 1))
 
 
-def half_tile(shape: Geometry, config: LaunchConfig) -> LaunchConfig:
-    """The config with half the elements in a tile, if it has more than a vector."""
+def tile_beside_residual(shape: Geometry, config: LaunchConfig, item_size: int) -> LaunchConfig:
+    """The config with half the elements in a tile, if it has more than a vector: a residual, or its
+    gates, take registers as x does. Tiles of float64 have few enough elements as they are.
+    """
+    if item_size == 8:
+        return config
     if config.block_rows > 1:
         return config._replace(block_rows=config.block_rows // 2)
     return config._replace(block_columns=max(config.block_columns // 2, 8, shape.vector))

@@ -20,7 +20,7 @@ import torch
 
 from . import launch_config
 from .indexing import Geometry, span_of_row
-from .launch_config import LaunchConfig, default_config, fit_splits, half_tile
+from .launch_config import LaunchConfig, default_config, fit_splits, tile_beside_residual
 
 SCHEMA = 1
 VARIABLE = "TRITON_SYNCBN_CONFIG_DIR"
@@ -76,7 +76,7 @@ def lookup(
     residual: bool = False,
 ) -> LaunchConfig:
     """The config of a launch: that of its very bucket, measured on such a GPU, or the default; with
-    half the tile where there is a residual or its gates, too, which take registers as x does.
+    a smaller tile where there is a residual or its gates, too.
 
     kernel: "moments", "normalize", "grad_moments" or "grad_input". shape, dtype, device: of the
     input. Raises ValueError where the file of the GPU is malformed, with its name.
@@ -85,9 +85,9 @@ def lookup(
     config = configs.get(str(bucket_of(kernel, shape, dtype)))
     if config is None:
         config = default_config(kernel, shape, launch_config.multiprocessors(device))
-    elif not residual:
-        return fit_splits(kernel, shape, config)
-    return fit_splits(kernel, shape, half_tile(shape, config)) if residual else config
+    if residual:
+        config = tile_beside_residual(shape, config, dtype.itemsize)
+    return fit_splits(kernel, shape, config)
 
 
 def config_source(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 from machine.environment import environment
-from numerics.errors import error, exact_result, scale_of
+from numerics.errors import error, exact_result, scales
 from numerics.examples import Example, make_example
 from numerics.interpreter import prepare
 from numerics.oracle import Result
@@ -58,7 +58,7 @@ def measure(seeds: int) -> pd.DataFrame:
 def errors_of(example: Example) -> dict[tuple[str, str], float]:
     """Norms of errors over the norm of y, and over that of the largest term of dx."""
     exact = exact_result(example)
-    scale = scale_of(example, exact)
+    scale = scales(example, exact)
     results: dict[str, Result] = {name: train(example) for name, train in METHODS.items()}
     return {
         (method, short): error(name, result, exact, scale)

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from layers.cases import DTYPES, LAYOUTS, Case, read_cases, suites
 from triton_syncbn.kernels.indexing import geometry
-from triton_syncbn.kernels.launch_config import default_config, fit_splits, half_tile
+from triton_syncbn.kernels.launch_config import default_config, fit_splits, tile_beside_residual
 
 from compiler.binaries import Resources, resources_of
 from compiler.compiling import Flags, compile_kernel, operands_without_memory
@@ -98,7 +98,8 @@ def build_all(name: str, launches: list[Launch]) -> list[Build]:
         shape = geometry(input)
         config = default_config(kernel_name, shape, multiprocessors)
         if flags.residual and kernel_name != "moments":
-            config = fit_splits(kernel_name, shape, half_tile(shape, config))
+            config = tile_beside_residual(shape, config, input.dtype.itemsize)
+            config = fit_splits(kernel_name, shape, config)
         operands = operands_without_memory(input, flags)
         kernel = compile_kernel(kernel_name, operands, config, target)
         if kernel.hash in builds:
