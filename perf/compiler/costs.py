@@ -84,7 +84,7 @@ def cost_of(name: str, case: Case, config: LaunchConfig, capability: int) -> Cos
         num_batches_tracked=torch.tensor(0),
     )
     config = _fitting(name, case, config, geometry(input))
-    combine._arrivals.clear()  # may be those of tensors without memory
+    combine._kept.clear()  # may be those of tensors without memory
     with executed_instead_of_launched(capability) as launches:
         run_step(name, operands, config=config)
     (launch,) = launches
