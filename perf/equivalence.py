@@ -39,8 +39,8 @@ EXACT = 1e-8  # of a loss: 2**-53 a rounding, and training itself amplifies diff
 
 
 def train_all(place: Place, data: Data, seeds: range, steps: int) -> tuple[dict[Key, Run], float]:
-    """Every training that there are ranks for, with the first seed in float64 as well: those that
-    this rank took part in, and the processor time of all ranks in seconds.
+    """Every training that there are ranks for, with the first seed in float64 as well, if this is
+    the first rank; and the processor time of all ranks in seconds.
     """
     arms = {name: arm for name, arm in ARMS.items() if len(arm.shares) <= place.world_size}
     groups = {
@@ -58,7 +58,9 @@ def train_all(place: Place, data: Data, seeds: range, steps: int) -> tuple[dict[
                 progress.set_description(", ".join(map(str, key)))
                 dtype = getattr(torch, key.dtype)
                 group = groups[size]
-                runs[key] = train(arm, place, group, data, key.seed, steps, dtype, progress.update)
+                run = train(arm, place, group, data, key.seed, steps, dtype, progress.update)
+                if run is not None:
+                    runs[key] = run
     seconds = torch.tensor(time.process_time(), device=place.device)
     dist.all_reduce(seconds)
     return runs, seconds.item()

@@ -40,8 +40,8 @@ def train(
     steps: int,
     dtype: torch.dtype,
     tick: Callable[[], object],
-) -> Run:
-    """Train this rank's share; the first rank's buffers are those that are scored, as those are
+) -> Run | None:
+    """Train this rank's share. Only the first rank scores, and returns something: its buffers are
     what a checkpoint holds. `tick` is called after each step.
     """
     images, held_out = (
@@ -75,6 +75,8 @@ def train(
         tick()
     if len(arm.shares) > 1:
         dist.all_reduce(losses, group=group)
+    if place.rank > 0:
+        return None
     predictions = predict(network, held_out.pixels)
     return Run(
         losses.cpu(),
