@@ -17,8 +17,9 @@ from triton_syncbn import SyncBN, convert_sync_batchnorm, revert_sync_batchnorm
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
 
-# Of the norm, in float64: other roundings, which tens of layers make larger.
-TOLERANCE = 1e-11
+# Of the norm, in float64: a block sums in another order than a layer alone, and tens of layers make
+# roundings larger.
+TOLERANCE = 1e-10
 ELEMENTWISE = {
     *("add", "add_", "relu", "relu_", "threshold_backward", "silu", "silu_", "silu_backward"),
     *("hardtanh", "leaky_relu", "leaky_relu_", "leaky_relu_backward", "mul"),
@@ -85,7 +86,7 @@ def test_a_fused_model_computes_the_same(block):
     x = make_input()
     assert_same(step(fused, x), step(plain, x))
     for name, buffer in plain.named_buffers():
-        torch.testing.assert_close(fused.get_buffer(name), buffer, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(fused.get_buffer(name), buffer, rtol=TOLERANCE, atol=1e-13)
     plain.eval(), fused.eval()
     assert_same(step(fused, x), step(plain, x))
 
