@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--csv", type=pathlib.Path, help="write the rows there")
-    parser.add_argument("--baseline", type=pathlib.Path, help="fail where a ratio is 20% worse")
+    parser.add_argument("--baseline", type=pathlib.Path, help="fail where a ratio is 20 %% worse")
     parser.add_argument("--profile", action="store_true", help="print where a training step is")
     options = parser.parse_args(arguments)
     baseline = None if options.baseline is None else pd.read_csv(options.baseline)
