@@ -74,7 +74,7 @@ def gelu_derivative(z, slope):
 
 
 def hardswish(z, slope):
-    return where(z <= -3.0, 0.0, where(z >= 3.0, z, z * (z + 3.0) * (1.0 / 6.0)))
+    return where(z <= -3.0, 0.0, where(z >= 3.0, z, z * (z * (1.0 / 6.0) + 0.5)))
 
 
 def hardswish_derivative(z, slope):
