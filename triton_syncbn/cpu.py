@@ -105,8 +105,7 @@ def grad_input(
     scale = statistics.rstd(eps)
     if weight is not None:
         scale = scale * weight
-    factors = grad_moments.view(2, -1) * (scale * (-1.0 / max(statistics.count, 1.0)))
-    grad_mean, slope = factors.to(_dtype_of(input))
+    grad_mean, slope = grad_moments.view(2, -1) * (scale * (-1.0 / max(statistics.count, 1.0)))
     return _batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
 
 
@@ -128,8 +127,17 @@ def _batch_norm(
     """xhat * weight + bias, and + dy * scale if there is a dy; the other vectors are [C]."""
     dtype = _dtype_of(input)
     shift, mean, variance = statistics.in_dtype(dtype)
-    vectors = [v if v is None or v.dtype == dtype else v.to(dtype) for v in (weight, bias)]
-    settings: Any = (*vectors, mean, variance, False, 0.0, eps)
+    settings: Any
+    if dtype == torch.float64:
+        vectors = [v if v is None or v.dtype == dtype else v.to(dtype) for v in (weight, bias)]
+        settings = (*vectors, mean, variance, False, 0.0, eps)
+    else:  # float32 factors that are rounded once: of values with mean 0 and variance 1, to torch
+        factor = statistics.rstd(eps)
+        factor = factor if weight is None else factor * weight
+        rest = statistics.mean if shift is None else statistics.mean - shift
+        added = factor * -rest if bias is None else torch.addcmul(bias, factor, rest, value=-1.0)
+        zero, one = (_vector(input.shape[1], value, dtype) for value in (0.0, 1.0))
+        settings = (factor.to(dtype), added.to(dtype), zero, one, False, 0.0, 0.0)
     if scale is not None:
         scale = scale.to(dtype).view(-1, *[1] * (input.dim() - 2))
     output, none = torch.empty_like(input), _vector(0, 0.0, dtype)
@@ -186,9 +194,7 @@ def _pieces(input: Tensor, longest: int) -> int:
     """
     values = input.numel() // input.shape[1]
     row = values // input.shape[0]
-    if (
-        row == 1 or not input.is_contiguous()
-    ):  # a column; with 4 dimensions, or torch goes otherwise
+    if row == 1 or not input.is_contiguous():  # a column; torch has a way of its own for others
         return int(input.dim() == 4 and values <= longest)
     if input.itemsize == 2:  # chains go on over all rows of a channel
         return int(values <= longest * LANES)

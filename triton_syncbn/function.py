@@ -9,7 +9,7 @@ from . import differentiable, ops
 from .activations import ACTIVATIONS
 from .checkpointing import keep_sums, take_sums, this_thread
 from .communication import all_reduce
-from .operands import BlockOperands, RunningStatistics
+from .operands import BlockOperands, RunningStatistics, by_keyword
 
 
 class Setting(NamedTuple):
@@ -148,16 +148,7 @@ def _normalize_block(
         elif residual is not None:
             saved["residual"] = residual
     output, gates = steps.normalize_block(
-        input,
-        moments,
-        weight,
-        bias,
-        running_mean=running.mean,
-        running_var=running.var,
-        num_batches_tracked=running.num_batches_tracked,
-        momentum=running.momentum,
-        eps=setting.eps,
-        **block,
+        input, moments, weight, bias, **by_keyword(running), eps=setting.eps, **block
     )
     if "keeps_gates" in block:
         saved["gates"] = gates

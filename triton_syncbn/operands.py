@@ -1,6 +1,6 @@
 """What the four steps are given together, under names: kernels, CPU path and reference share it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,16 @@ class RunningStatistics(NamedTuple):
     var: Tensor | None = None  # [C], any floating dtype
     num_batches_tracked: Tensor | None = None  # one number, any dtype
     momentum: float | None = None  # None: 1 / num_batches_tracked, which is needed
+
+
+def by_keyword(running: RunningStatistics) -> dict[str, Any]:
+    """As the operators take them."""
+    return {
+        "running_mean": running.mean,
+        "running_var": running.var,
+        "num_batches_tracked": running.num_batches_tracked,
+        "momentum": running.momentum,
+    }
 
 
 class BlockOperands(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .operands import BlockOperands, RunningStatistics
+from .operands import BlockOperands, RunningStatistics, by_keyword
 
 _BUFFERS = (
     "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
@@ -378,17 +378,7 @@ def _operator_normalize(
     eps: float,
     running: RunningStatistics,
 ) -> Tensor:
-    return normalize(
-        input,
-        moments,
-        weight,
-        bias,
-        running_mean=running.mean,
-        running_var=running.var,
-        num_batches_tracked=running.num_batches_tracked,
-        momentum=running.momentum,
-        eps=eps,
-    )
+    return normalize(input, moments, weight, bias, **by_keyword(running), eps=eps)
 
 
 OPERATORS = Steps(

@@ -9,6 +9,7 @@ from layers.cases import DTYPES
 
 STOCK, OURS, BOUND = "torch_syncbn", "triton_syncbn", "torch_batchnorm"
 LAYER = ["layer", "shape", "dtype", "layout", "block"]
+FIGURES = ["us_p50", "host_us", "copy_fraction", "host_syncs"]
 LARGE = (64e6, math.inf)  # bytes of a map: neither its first nor its second reading is in L2
 IN_CACHE = (8e6, 48e6)  # its second reading may be
 
@@ -87,8 +88,7 @@ def _both(file: pathlib.Path) -> pd.DataFrame:
     if not file.exists():
         return pd.DataFrame()
     frame = pd.read_csv(file).query("`pass` == 'both'")
-    figures = ["us_p50", "host_us", "copy_fraction", "host_syncs"]
-    return frame.pivot(index=LAYER, columns="impl", values=figures)
+    return frame.pivot(index=LAYER, columns="impl", values=FIGURES)
 
 
 def _bytes(layer: tuple[str, ...]) -> int:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from numerics import examples, training
 
-from tests.support import oracle
+from tests.support import blocks, oracle
 from tests.support.exactness import NOISE, faults
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import EPS, run_steps
-from triton_syncbn import cpu, cpu_memory, cpu_statistics, ops, reference
+from triton_syncbn import SyncBN, cpu, cpu_memory, cpu_statistics, ops, reference
 from triton_syncbn.operands import RunningStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -220,3 +220,26 @@ def test_moments_may_change_after_they_were_used(change):
 
 def test_operators_run_it(plain_torch):
     assert ops._backend("cpu") is cpu
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_maps_are_as_exact_as_torchs(layout, plain_torch):
+    """Of ten draws, as in each one rounding may fall either way."""
+    ours, torchs = ({"output": 0.0, "input": 0.0} for _ in range(2))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layer = SyncBN(64, eps=blocks.EPS)
+        torch.nn.init.normal_(layer.weight, 1.0)
+        torch.nn.init.normal_(layer.bias)
+        x, dy = (lay_out(2 * torch.randn(8, 64, 12, 10) + 1, layout) for _ in range(2))
+        step = None, x, dy, layer.weight, layer.bias
+        exact, eager = blocks.exact(*step), blocks.eager(*step, dtype=torch.float32)
+        output = layer(x.requires_grad_())
+        output.backward(dy)
+        results = {"output": output.detach(), "input": x.grad}
+        for name, result in results.items():
+            expected = getattr(exact, name)
+            ours[name] += oracle.relative_error(result, expected) ** 2
+            torchs[name] += oracle.relative_error(getattr(eager, name), expected) ** 2
+    for name in ours:
+        assert ours[name] <= torchs[name], name

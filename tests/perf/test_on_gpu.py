@@ -9,8 +9,10 @@ import on_gpu
 import pandas as pd
 import pytest
 import torch
+from layers.implementations import implementations
 from machine.environment import ROOT
-from report.goals import goals, goals_text
+from report.goals import BOUND, FIGURES, LAYER, OURS, STOCK, goals, goals_text
+from report.tables import COLUMNS
 
 # Runs commands as if there were a GPU: each has to end where torch first asks for it.
 WITHOUT_DRIVER = """
@@ -104,6 +106,11 @@ def rows_of(**microseconds: list[float]) -> pd.DataFrame:
             for name in ("forward", "both")
         ]
     )
+
+
+def test_goals_read_what_is_written():
+    assert {*LAYER, *FIGURES, "impl", "pass"} <= set(COLUMNS)
+    assert {STOCK, OURS, BOUND} <= set(implementations(torch.device("cuda")))
 
 
 def test_goals_are_held_against_what_was_measured(tmp_path):
