@@ -51,7 +51,8 @@ def train(
     network = Network().to(place.device, dtype)
     model = arm.prepare(network, group, images.pixels)
     if len(arm.shares) > 1:
-        model = DistributedDataParallel(model, process_group=group)
+        # Buffers need not be sent: those that count are the first rank's.
+        model = DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
     optimizer = torch.optim.SGD(
         model.parameters(),
         arm.learning_rate * LEARNING_RATE,
