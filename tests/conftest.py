@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,11 @@ import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # Not the cache of earlier versions: inductor finds what it keeps by a graph that names our
+    # operators, whatever shapes they return by now.
+    _inductor_cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 from tests.support import interpreter
 from tests.support.ranks import Ranks, fill_empty_tensors, pool
