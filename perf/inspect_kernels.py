@@ -4,8 +4,8 @@ of every access, and instructions of the main loop.
 Kernels are compiled at the default configs of a GPU of that many multiprocessors, for the large
 layers of shapes.csv, and disassembled by the tools that come with Triton. With --execute what is
 compiled is also executed, on a CPU, for the layers scaled down: instructions of a thread for each
-element; sectors of global memory over the least for each request, and over those that the bytes of
-the maps fill; passes over the banks of shared memory over the least.
+element; sectors of global memory over those that the bytes of the maps fill, and over those that
+their rows touch, each for itself; passes over the banks of shared memory over the least.
 """
 
 import argparse

@@ -24,13 +24,13 @@ FEWEST_CHANNELS = 256  # channels last
 
 
 class Cost(NamedTuple):
-    """Of one launch. sectors: taken, over the least for its requests; and over those of the tensors
-    that it must read or write once.
+    """Of one launch. Sectors that it takes are over those that the bytes of the maps fill, and over
+    those that they touch: the row that a program reads for its channel alone touches more.
     """
 
     instructions: float  # by a thread, for each element
-    sectors_of_requests: float
     sectors_of_bytes: float
+    sectors_of_rows: float
     passes_of_banks: float  # over the least
 
 
@@ -39,7 +39,8 @@ def scaled_to_execute(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     same places of a vector, or of a block of channels. Channels last, (N * S, C).
     """
     samples, channels, *sizes = shape
-    if layout == "channels_last" or math.prod(sizes) == 1:
+    is_matrix = math.prod(sizes) == 1
+    if is_matrix or (layout == "channels_last" and channels > 1):  # one channel lies as rows
         if channels > 2 * FEWEST_CHANNELS:
             channels = FEWEST_CHANNELS + channels % CHANNELS_OF_BLOCK
         return (max(1, min(samples * math.prod(sizes), MOST_ELEMENTS // channels)), channels)
@@ -69,6 +70,12 @@ def _fitting(name: str, case: Case, config: LaunchConfig, small: Geometry) -> La
     return fit_splits(name, small, config._replace(splits=splits))
 
 
+def _touched(size: int, row: int) -> int:
+    """Sectors that rows of so many bytes touch, each for itself, in memory of that size."""
+    begins = torch.arange(0, size, row)
+    return int(((begins + row - 1) // SECTOR - begins // SECTOR + 1).sum())
+
+
 def cost_of(name: str, case: Case, config: LaunchConfig, capability: int) -> Cost:
     """Of a kernel launched on a case, scaled down, with the config of the case itself."""
     shape = scaled_to_execute(case.shape, case.layout)
@@ -83,7 +90,8 @@ def cost_of(name: str, case: Case, config: LaunchConfig, capability: int) -> Cos
         *(input, grad, moments, moments[:-1], ones, ones, ones.clone(), ones.clone()),
         num_batches_tracked=torch.tensor(0),
     )
-    config = _fitting(name, case, config, geometry(input))
+    small = geometry(input)
+    config = _fitting(name, case, config, small)
     combine._kept.clear()  # may be those of tensors without memory
     with executed_instead_of_launched(capability) as launches:
         run_step(name, operands, config=config)
@@ -91,12 +99,12 @@ def cost_of(name: str, case: Case, config: LaunchConfig, capability: int) -> Cos
     machine = launch.machine
     assert machine is not None
     maps = [region for region in machine.memory.regions if region.name in MAPS]
-    moved = [sectors(region) for region in maps]
-    taken = sum(transactions.taken for transactions in moved)
+    taken = sum(map(sectors, maps)) / len(maps)
+    in_rows = not small.channels_last and name not in WRITERS
     shared = bank_conflicts(machine.shared)
     return Cost(
         machine.executed.sum() / input.numel(),
-        taken / sum(transactions.least for transactions in moved),
-        taken / (len(moved) * input.numel() * input.element_size() / SECTOR),
+        taken / (input.nbytes / SECTOR),
+        taken / _touched(input.nbytes, small.columns * input.itemsize if in_rows else input.nbytes),
         shared.taken / shared.least if shared.least else 1.0,
     )

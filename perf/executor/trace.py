@@ -16,45 +16,39 @@ SECTOR = 32
 BANKS, BANK_BYTES = 32, 4
 
 
-class Transactions(NamedTuple):
-    """Of all requests of a region: how many, what they took, and the least that would have done."""
+class Passes(NamedTuple):
+    """Over the banks, for all requests; and the least that would have done."""
 
-    requests: int
     taken: int
     least: int
 
 
-def sectors(region: Region) -> Transactions:
-    """Sectors of global memory, and how many the bytes of each request would fill."""
-    requests = taken = least = 0
+def sectors(region: Region) -> int:
+    """Sectors of global memory that all requests take."""
+    taken = 0
     for access in region.accesses:
-        warp = access.threads // WARP
-        requests += len(np.unique(warp))
         first = access.offsets // SECTOR
         span = -(-access.width // SECTOR)  # aligned: what is narrower lies in one
-        touched = _unique(np.repeat(warp, span), (first[:, None] + np.arange(span)).ravel())
-        taken += len(touched[0])
-        _, places = np.unique(_unique(warp, access.offsets)[0], return_counts=True)
-        least += int((-(-places * access.width // SECTOR)).sum())
-    return Transactions(requests, taken, least)
+        warps = np.repeat(access.threads // WARP, span)
+        taken += _unique(warps, (first[:, None] + np.arange(span)).ravel()).shape[1]
+    return taken
 
 
-def bank_conflicts(shared: Region) -> Transactions:
-    """Passes over the banks of shared memory, and how many the words of each request need."""
-    requests = taken = least = 0
+def bank_conflicts(shared: Region) -> Passes:
+    """Of shared memory."""
+    taken = least = 0
     for access in shared.accesses:
         words = max(access.width // BANK_BYTES, 1)
         lanes_at_once = WARP // words  # wide accesses go by halves and quarters of a warp
         warp = access.threads // WARP
         part = warp * words + access.threads % WARP // lanes_at_once
-        requests += len(np.unique(warp))
         word = access.offsets[:, None] // BANK_BYTES + np.arange(words)
         parts, addresses = _unique(np.repeat(part, words), word.ravel())
         banks, passes = np.unique(parts * BANKS + addresses % BANKS, return_counts=True)
         starts = np.flatnonzero(np.diff(banks // BANKS, prepend=-1))
         taken += int(np.maximum.reduceat(passes, starts).sum())
         least += len(starts)
-    return Transactions(requests, taken, least)
+    return Passes(taken, least)
 
 
 def _unique(*columns: NDArray[np.int64]) -> NDArray[np.int64]:

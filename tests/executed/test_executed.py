@@ -72,13 +72,23 @@ def test_all_threads_read_the_counter_before_one_moves_it(worker):
     assert not worker.submit(workers.race_of_counter).result()
 
 
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_kernels_move_hardly_more_sectors_than_their_maps_fill(layout, worker):
-    """Of bfloat16 rows of 97 x 97 elements, which begin anywhere, and of 512 channels."""
-    costs = worker.submit(workers.costs, "deeplab layer2", layout, 90).result()
+@pytest.mark.parametrize(
+    ("layer", "layout"),
+    [
+        ("deeplab layer2", "channels_first"),
+        ("deeplab layer2", "channels_last"),
+        ("fpn c5", "channels_first"),
+        ("resnet50 layer4", "channels_first"),
+    ],
+)
+def test_kernels_move_hardly_more_sectors_than_they_must(layer, layout, worker):
+    """Of bfloat16 rows of 97 x 97, 25 x 42 and 7 x 7 elements, which begin anywhere; of 512
+    channels.
+    """
+    costs = worker.submit(workers.costs, layer, layout, 90).result()
     for cost in costs.values():
-        assert 1 <= cost.sectors_of_requests <= 1.05
-        assert 1 <= cost.sectors_of_bytes <= 1.05
+        assert 1 <= cost.sectors_of_rows <= 1.05
+        assert cost.sectors_of_bytes >= 1
 
 
 def test_a_layer_scaled_down_has_rows_of_the_same_kind():
