@@ -119,19 +119,20 @@ def launch(
         return
     gpu = driver.active
     device = gpu.get_current_device()
-    kinds: list[Any] = [device, *map(id, constants.values())]  # which are kept, see Launched.after
+    dtypes: list[torch.dtype | None] = []
     addresses: list[int | None] = []
     together = 0
     for tensor in tensors:
-        if tensor is None:
-            kinds.append(None)
-            addresses.append(None)
-        else:
+        if tensor is not None:
             address = tensor.data_ptr()
             together |= address
             addresses.append(address)
-            kinds.append(tensor.dtype)
-    key = tuple(kinds)
+            dtypes.append(tensor.dtype)
+        else:
+            addresses.append(None)
+            dtypes.append(None)
+    # The constants are kept, see Launched.after: another one has another id.
+    key = (device, *map(id, constants.values()), *dtypes)
     launched = None if together % ALIGNMENT else plan.launched.get(key)
     if launched is None:
         compiled = _launch_by_triton(kernel, programs, plan, tensors, numbers, constants)
