@@ -44,7 +44,7 @@ def leaky_relu(z, slope):
 
 
 def leaky_relu_derivative(z, slope):
-    return where(z <= 0.0, slope, 1.0)
+    return where(z > 0.0, 1.0, slope)
 
 
 def elu(z, slope):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cpu_blocks, reference
 from .operands import BlockOperands, RunningStatistics, by_keyword
 
 _BUFFERS = (
@@ -103,8 +103,8 @@ def _backend(device_type: str) -> Any:
 
 
 def _backend_of_blocks(backend: Any) -> Any:
-    """The same, but for the CPU path, which knows no blocks."""
-    return reference if backend is cpu else backend
+    """The same, but for the CPU path, which has a module of its own for blocks."""
+    return cpu_blocks if backend is cpu else backend
 
 
 def _normalize(
@@ -122,14 +122,16 @@ def _normalize(
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
-    """What keeps the gates of a block (see kernels/blocks.py): uint8, one of them for each element,
-    or for eight where they lie in one vector of one program; empty if none are kept.
+    """What keeps the gates of a block (see kernels/blocks.py), uint8, empty if none are kept. One
+    of them for each element; or for eight, in a kernel where they lie in one vector of one program,
+    on the CPU path where they fill bytes.
     """
     elements = input.numel() if any_are_kept else 0
-    one_position = math.prod(input.shape[2:]) == 1
-    channels_last = one_position or (is_channels_last(input) and not input.is_contiguous())
-    together = input.shape[1] if channels_last else elements
-    packed = input.itemsize == 2 and together % 8 == 0
+    packed = elements % 8 == 0
+    if input.device.type != "cpu" or _backend("cpu") is not cpu:
+        one_position = math.prod(input.shape[2:]) == 1
+        channels_last = one_position or (is_channels_last(input) and not input.is_contiguous())
+        packed = packed and input.itemsize == 2 and not (channels_last and input.shape[1] % 8)
     return input.new_empty(elements // 8 if packed else elements, dtype=torch.uint8)
 
 

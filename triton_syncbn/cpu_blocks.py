@@ -1,0 +1,330 @@
+"""The steps of a block, activation(batch norm + residual), on a CPU; as `reference` in all but
+precision and time.
+
+All arithmetic is float64, and a map is rounded once, at its end: nothing else in its precision is
+closer to what is right. What float64 costs is won back in pieces of the maps that the cache of a
+core holds, in buffers that a thread keeps, and in loops of torch that go once over a piece where
+the definitions in `activations` go over it for each of their operators.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .cpu_memory import buffer
+from .cpu_statistics import statistics_of
+from .operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
+
+PIECE = 1 << 16  # elements of a piece for each thread: 512 KiB in float64; as measured
+VALUES, ARGUMENT, GRADIENT, SPARE = range(4)  # buffers: x, z, the gradient, and what comes and goes
+_aten = torch.ops.aten
+_batch_norm_backward = _aten.native_batch_norm_backward.default
+
+
+class Loops(NamedTuple):
+    """An activation in loops of torch, which change their first argument."""
+
+    value: Callable[[Tensor, float], Any]  # of z and the slope
+    gradient: Callable[[Tensor, Tensor, float], Any]  # of the gradient after it, z and the slope
+
+
+def _gradient_of_relu(grad: Tensor, z: Tensor, slope: float) -> None:
+    _aten.threshold_backward.grad_input(grad, z, 0.0, grad_input=grad)
+
+
+def _gradient_of_relu6(grad: Tensor, z: Tensor, slope: float) -> None:
+    """By two thresholds, as the loop that torch has lets no NaN pass."""
+    _gradient_of_relu(grad, z, slope)
+    _gradient_of_relu(grad, torch.neg(z, out=_buffer(z, SPARE)).add_(6.0), slope)
+
+
+def _gradient_of_leaky_relu(grad: Tensor, z: Tensor, slope: float) -> None:
+    _aten.leaky_relu_backward.grad_input(grad, z, slope, False, grad_input=grad)
+
+
+def _gradient_of_elu(grad: Tensor, z: Tensor, slope: float) -> None:
+    """Without the loop that torch has, in which a NaN is one here and none there."""
+    grad.mul_(torch.clamp(z, max=0.0, out=_buffer(z, SPARE)).nan_to_num_(nan=0.0).exp_())
+
+
+def _gradient_of_silu(grad: Tensor, z: Tensor, slope: float) -> None:
+    _aten.silu_backward.grad_input(grad, z, grad_input=grad)
+
+
+def _gradient_of_gelu(grad: Tensor, z: Tensor, slope: float) -> None:
+    _aten.gelu_backward.grad_input(grad, z, grad_input=grad)
+
+
+def _gradient_of_hardswish(grad: Tensor, z: Tensor, slope: float) -> None:
+    """The loop that torch has, and then what of z is NaN, as it lets some of that pass."""
+    _aten.hardswish_backward.out(grad, z, out=grad)
+    grad.add_(torch.clamp(z, -3.0, 3.0, out=_buffer(z, SPARE)).mul_(0.0))
+
+
+LOOPS = {
+    "relu": Loops(lambda z, slope: z.relu_(), _gradient_of_relu),
+    "relu6": Loops(lambda z, slope: z.clamp_(0.0, 6.0), _gradient_of_relu6),
+    "leaky_relu": Loops(lambda z, slope: _aten.leaky_relu_(z, slope), _gradient_of_leaky_relu),
+    "elu": Loops(lambda z, slope: _aten.elu_(z), _gradient_of_elu),
+    "silu": Loops(lambda z, slope: _aten.silu_(z), _gradient_of_silu),
+    "gelu": Loops(lambda z, slope: _aten.gelu_(z), _gradient_of_gelu),
+    "hardswish": Loops(lambda z, slope: _aten.hardswish_(z), _gradient_of_hardswish),
+}
+
+
+def normalize(
+    input: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    running: RunningStatistics = NOT_TRACKED,
+    block: BlockOperands = LAYER_ALONE,
+) -> Tensor:
+    """Normalize with the global moments, and move the running statistics unless the batch is empty;
+    without moments, normalize with the running statistics.
+    """
+    layer = _Layer(moments, running, weight, bias, eps)
+    if moments is not None:
+        reference.update_running_statistics(layer.mean, layer.variance, moments[-1], running)
+    loops, slope = _loops_of(block)
+    output = torch.empty_like(input)
+    gates = None if block.gates is None else torch.empty_like(input, dtype=torch.bool)
+    for channels, maps in _pieces(input, block.residual, output, gates):
+        values, residual, result, opened = maps
+        z = layer.before_activation(values, residual, channels, _buffer(values, VALUES))
+        if opened is not None:  # where the derivative is 1; elsewhere it is that slope, of 0 here
+            derivative = _buffer(z, GRADIENT).fill_(1.0)
+            loops.gradient(derivative, z, 0.0)
+            opened.copy_(derivative)
+        if loops is not None:
+            loops.value(z, slope)
+        result.copy_(z)
+    if gates is not None and block.gates is not None:
+        _pack(gates, block.gates)
+    return output
+
+
+def grad_moments(
+    grad_output: Tensor,
+    input: Tensor,
+    moments: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+    block: BlockOperands = LAYER_ALONE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(dy) and sum(dy * xhat) of each channel, float64 [2C], of the dy before the activation;
+    gradients of weight and bias.
+    """
+    layer = _Layer(moments, block.running, block.weight, block.bias, eps)
+    one = torch.ones_like(layer.mean)
+    sums = torch.zeros((2, input.shape[1]), dtype=torch.float64)
+    for channels, maps in _pieces(input, grad_output, block.residual, _unpack(block, input)):
+        values, grad = _gradient_of_z(layer, block, channels, *maps)
+        vectors = _of(channels, one, None, None, layer.mean, one)
+        settings = *vectors, True, 0.0, [False, True, True]
+        _, products, grads = _batch_norm_backward(grad, values, *settings)
+        part = sums if channels is None else sums[:, channels]
+        part += torch.stack((grads, products))
+    grads, products = sums
+    products *= layer.rstd
+    return (
+        sums.view(-1),
+        input.new_empty(0) if weight_dtype is None else products.to(weight_dtype, copy=True),
+        input.new_empty(0) if bias_dtype is None else grads.to(bias_dtype, copy=True),
+    )
+
+
+def grad_input(
+    grad_output: Tensor,
+    input: Tensor,
+    moments: Tensor | None,
+    grad_moments: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    block: BlockOperands = LAYER_ALONE,
+) -> Tensor:
+    """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
+    layer = _Layer(moments, block.running, weight, block.bias, eps)
+    scale = layer.rstd if weight is None else layer.rstd * weight
+    shift = slope = None
+    if grad_moments is not None:
+        shift, slope = grad_moments.view(2, -1) * (scale * (-1.0 / max(layer.count, 1.0)))
+    gradient = torch.empty_like(input)
+    maps = grad_output, block.residual, _unpack(block, input), gradient, block.grad_residual
+    for channels, parts in _pieces(input, *maps):
+        *operands, result, grad_residual = parts
+        values, grad = _gradient_of_z(layer, block, channels, *operands)
+        if grad_residual is not None:
+            grad_residual.copy_(grad)
+        (factor,) = _of(channels, scale)
+        grad.mul_(factor.view(-1, 1, 1))
+        if slope is not None:
+            out = _buffer(values, ARGUMENT)
+            grad += layer.normalize(values, slope, shift, channels, out)
+        result.copy_(grad)
+    return gradient
+
+
+class _Layer:
+    """A batch norm: statistics and parameters of each channel, in float64."""
+
+    def __init__(
+        self,
+        moments: Tensor | None,
+        running: RunningStatistics,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> None:
+        self.count = 1.0
+        if moments is None:
+            self.mean, self.variance, _ = reference.statistics_of_layer(None, running)
+            self.rstd = (self.variance + eps).rsqrt_()
+        else:
+            statistics = statistics_of(moments)
+            self.mean, self.variance = statistics.mean, statistics.variance
+            self.count, self.rstd = statistics.count, statistics.rstd(eps)
+        self.eps = eps
+        self.weight, self.bias = (v if v is None else v.double() for v in (weight, bias))
+
+    def normalize(
+        self,
+        values: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        channels: slice | None,
+        out: Tensor,
+    ) -> Tensor:
+        """xhat * weight + bias, of float64 values of some channels."""
+        vectors, none = _of(channels, weight, bias, self.mean, self.variance), _nothing()
+        settings = *vectors, False, 0.0, self.eps
+        return torch.native_batch_norm(values, *settings, out=(out, none, none))[0]
+
+    def before_activation(
+        self, values: Tensor, residual: Tensor | None, channels: slice | None, out: Tensor
+    ) -> Tensor:
+        """z, in the memory of `out`."""
+        z = self.normalize(_wide(values), self.weight, self.bias, channels, out)
+        return z if residual is None else z.add_(residual)
+
+
+def _gradient_of_z(
+    layer: _Layer,
+    block: BlockOperands,
+    channels: slice | None,
+    values: Tensor,
+    grad_output: Tensor,
+    residual: Tensor | None,
+    opened: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """x, and the gradient before the activation, in a buffer; both of a piece and float64."""
+    values = _wide(values)
+    grad = _buffer(values, GRADIENT).copy_(grad_output)
+    loops, slope = _loops_of(block)
+    if loops is not None:
+        z = _buffer(values, ARGUMENT)
+        if opened is None:
+            layer.before_activation(values, residual, channels, z)
+        else:  # an activation with gates has at 1 and 0 the derivatives of open and closed ones
+            z.copy_(opened)
+        loops.gradient(grad, z, slope)
+    return values, grad
+
+
+def _loops_of(block: BlockOperands) -> tuple[Any, float]:
+    """Of its activation, if it has one; and the slope."""
+    return LOOPS.get(block.activation or ""), block.activation_slope
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64, which is a buffer unless they have been."""
+    return values if values.dtype == torch.float64 else _buffer(values, VALUES).copy_(values)
+
+
+def _buffer(map: Tensor, index: int) -> Tensor:
+    return buffer(map, torch.float64, index)
+
+
+def _of(channels: slice | None, *vectors: Tensor | None) -> list[Any]:
+    """What vectors of numbers for each channel hold of some channels; None: of all."""
+    if channels is None:
+        return list(vectors)
+    return [vector if vector is None else vector[channels] for vector in vectors]
+
+
+@functools.cache
+def _nothing() -> Tensor:
+    """For results that nobody wants."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+
+
+def _pieces(input: Tensor, *others: Tensor | None) -> Iterator[tuple[slice | None, list[Any]]]:
+    """Pieces of dense maps that lie in memory alike, as (N, C, L, 1): the channels that they have,
+    or None if they have all, and the piece of each map.
+    """
+    elements, (samples, channels) = input.numel(), input.shape[:2]
+    if elements == 0:
+        return
+    positions = elements // (samples * channels)
+    most = PIECE * torch.get_num_threads()
+    if input.is_contiguous() and positions > 1:
+        shape = samples, channels, positions, 1
+        strides = channels * positions, positions, 1, 1
+        dimension, elements_of_one = 0, channels * positions
+    else:  # rows of channels, to torch one sample in channels last
+        shape = 1, channels, samples * positions, 1
+        strides = elements, 1, channels, channels
+        dimension, elements_of_one = 2, channels
+    views = [map if map is None else map.as_strided(shape, strides) for map in (input, *others)]
+    if elements <= most:
+        yield None, views
+    elif elements_of_one <= most or dimension == 2:
+        step = max(most // elements_of_one, 1)
+        for start in range(0, shape[dimension], step):
+            size = min(step, shape[dimension] - start)
+            yield None, [v if v is None else v.narrow(dimension, start, size) for v in views]
+    else:
+        step = max(most // positions, 1)
+        for sample in range(samples):
+            for start in range(0, channels, step):
+                some = slice(start, min(start + step, channels))
+                yield some, [v if v is None else v[sample : sample + 1, some] for v in views]
+
+
+def _pack(opened: Tensor, gates: Tensor) -> None:
+    """Keep booleans, as they lie in memory, as gates: bit i % 8 of byte i // 8, if not in bytes."""
+    flat = opened.as_strided((opened.numel(),), (1,))
+    if len(gates) < len(flat):  # the highest byte of the product is made of a bit of each byte
+        bits = flat.view(torch.int64).mul_(_GATHER_BITS).bitwise_right_shift_(56)
+        gates.copy_(bits.bitwise_and_(255))
+    else:
+        gates.copy_(flat)
+
+
+def _unpack(block: BlockOperands, input: Tensor) -> Tensor | None:
+    """A byte for each gate, in memory as the input is; 1 if it is open."""
+    gates = block.gates
+    if gates is None:
+        return None
+    if len(gates) < input.numel():
+        gates = _bytes_of_gates().index_select(0, gates.int()).view(torch.uint8)
+    return gates.as_strided(input.shape, input.stride())
+
+
+_GATHER_BITS = sum(1 << (56 - 7 * bit) for bit in range(8))
+
+
+@functools.cache
+def _bytes_of_gates() -> Tensor:
+    """For each byte of gates eight bytes of one each, [256] as int64."""
+    with torch.inference_mode(False):
+        bits = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
+        return bits.to(torch.uint8).view(torch.int64).view(-1)
