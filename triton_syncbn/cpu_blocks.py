@@ -19,7 +19,7 @@ from .cpu_memory import buffer
 from .cpu_statistics import statistics_of
 from .operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
 
-PIECE = 1 << 16  # elements of a piece for each thread: 512 KiB in float64; as measured
+PIECE = 1 << 17  # elements of a piece for each thread: 1 MiB in float64; as measured
 VALUES, ARGUMENT, GRADIENT, SPARE = range(4)  # buffers: x, z, the gradient, and what comes and goes
 _aten = torch.ops.aten
 _batch_norm_backward = _aten.native_batch_norm_backward.default

@@ -240,10 +240,7 @@ def test_the_gradient_at_a_kink_is_torchs(activation, residual):
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
 def test_nan_passes_as_in_torch(activation):
-    """From the residual into one element of y, from the input into its channel, and no further.
-
-    Which derivative a NaN has is not held: torch's own on a CPU and on a GPU differ.
-    """
+    """From the residual into one element of y, from the input into its channel, and no further."""
     layer = make_layer(activation, 4)
     x, dy, extra = make_tensors(torch.float64, "channels_first", True, (3, 4, 5))
     extra[0, 1, 0] = x[1, 3, 2] = torch.nan
@@ -254,6 +251,40 @@ def test_nan_passes_as_in_torch(activation):
     for name in ("input", "residual"):
         clean = (getattr(result, name)[:, ::2] for result in (actual, exact))
         torch.testing.assert_close(*clean)
+
+
+# As torch has it on a GPU, but that a NaN passes a hardswish there. On a CPU its loops differ in
+# relu6, elu and hardswish from that, and from their own last elements.
+DERIVATIVE_AT_NAN = {
+    None: 1.0,
+    "relu": 1.0,
+    "relu6": 1.0,
+    "leaky_relu": SLOPE,
+    "elu": 1.0,
+    "silu": torch.nan,
+    "gelu": torch.nan,
+    "hardswish": torch.nan,
+}
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
+def test_the_derivative_at_nan(activation, dtype):
+    """In vectors and in what is left over at their end: a NaN of the residual, which its own
+    gradient shows, and a channel of them, which the gradient of the bias shows.
+    """
+    expected = DERIVATIVE_AT_NAN[activation]
+    x, dy, extra = make_tensors(dtype, "channels_first", True, (3, 8, 7))
+    extra[:, 1] = extra[2, 7, 6] = torch.nan
+    of_residual = gradients(make_layer(activation, 8), x.clone(), dy, extra).residual
+    wanted = (expected * dy.double()).to(dtype)
+    for place in ((slice(None), 1), (2, 7, 6)):
+        torch.testing.assert_close(of_residual[place], wanted[place], equal_nan=True)
+    x[1, 3, 2] = torch.nan
+    of_bias = gradients(make_layer(activation, 8), x, dy, None).bias
+    wanted = expected * dy[:, 3].double().sum()
+    torch.testing.assert_close(of_bias[3], wanted, equal_nan=True)
 
 
 @pytest.mark.usefixtures("plain_torch")

@@ -58,8 +58,8 @@ def faults(actual, exact, dtype, torchs=None):
     """Where a result in a dtype leaves its bounds.
 
     Of the norm: float64 has some roundings; in float32 maps are held to the error of torch's
-    operators, `torchs`, where there are any; gradients of parameters are sums that cancel, with some
-    more. An element in half precision has one rounding, which may go either way where what is
+    operators, `torchs`, where there are any; gradients of parameters are sums that cancel, with
+    some more. An element in half precision has one rounding, which may go either way where what is
     rounded is next to the middle.
     """
     found = []
