@@ -5,9 +5,9 @@ The functions below take z and a slope, and use nothing but operators and the th
 imported here; `kernels/blocks.py` compiles them with Triton's functions of the same names. To add
 one: a value, a derivative, a line in the table.
 
-Derivatives at kinks are torch's: 0 where relu or relu6 begin or end. A NaN passes, as in torch. Its
-derivative is that of torch's loops on a GPU, 1, of leaky_relu the slope, of silu and gelu NaN; those
-on a CPU differ in relu6 and elu. Of hardswish it is NaN, as on a CPU, where that on a GPU is 1.
+Derivatives at kinks are torch's: 0 where relu or relu6 begin or end. A NaN passes, as in torch. The
+derivative there is that of torch's loops on a GPU: 1, of leaky_relu the slope, of silu and gelu NaN
+(those on a CPU differ in relu6 and elu). Of hardswish it is NaN, as on a CPU; a GPU has 1.
 """
 
 from collections.abc import Callable
