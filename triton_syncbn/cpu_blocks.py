@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .cpu_memory import buffer
 from .cpu_statistics import statistics_of
 from .operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
@@ -76,6 +76,24 @@ LOOPS = {
 }
 
 
+def moments(input: Tensor) -> Tensor:
+    """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
+    if input.dtype != torch.float32 or input.numel() <= cpu.SMALL:
+        return cpu.moments(input)  # in float64, or with digits to spare
+    channels = input.shape[1]
+    zero, one = (
+        torch.zeros(channels, dtype=torch.float64),
+        torch.ones(channels, dtype=torch.float64),
+    )
+    moments = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    moments[-1] = input.numel() // channels
+    sums = moments[:-1].view(2, -1)
+    for some, (values,) in _pieces(input):
+        values = _wide(values)
+        _add_sums(sums, some, values, values, zero, one)
+    return moments
+
+
 def normalize(
     input: Tensor,
     moments: Tensor | None,
@@ -127,11 +145,7 @@ def grad_moments(
     sums = torch.zeros((2, input.shape[1]), dtype=torch.float64)
     for channels, maps in _pieces(input, grad_output, block.residual, _unpack(block, input)):
         values, grad = _gradient_of_z(layer, block, channels, *maps)
-        vectors = _of(channels, one, None, None, layer.mean, one)
-        settings = *vectors, True, 0.0, [False, True, True]
-        _, products, grads = _batch_norm_backward(grad, values, *settings)
-        part = sums if channels is None else sums[:, channels]
-        part += torch.stack((grads, products))
+        _add_sums(sums, channels, grad, values, layer.mean, one)
     grads, products = sums
     products *= layer.rstd
     return (
@@ -170,6 +184,17 @@ def grad_input(
             grad += layer.normalize(values, slope, shift, channels, out)
         result.copy_(grad)
     return gradient
+
+
+def _add_sums(
+    sums: Tensor, channels: slice | None, grad: Tensor, values: Tensor, mean: Tensor, one: Tensor
+) -> None:
+    """Add those of dy and dy * (x - mean) of a piece to [2, C]: gradients of a layer of torch."""
+    vectors = _of(channels, one, None, None, mean, one)
+    settings = *vectors, True, 0.0, [False, True, True]
+    _, products, grads = _batch_norm_backward(grad, values, *settings)
+    part = sums if channels is None else sums[:, channels]
+    part += torch.stack((grads, products))
 
 
 class _Layer:

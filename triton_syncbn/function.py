@@ -1,5 +1,6 @@
 """The autograd Function: moments, all_reduce, normalize; and its mirror in backward."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,10 +62,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
             ops.OPERATORS if buffers else ops.steps_for(input, weight, bias, residual, *running[:3])
         )
         dense = input if steps is ops.OPERATORS else ops.dense(input)
-        moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
+        is_of_layer_alone = residual is None and setting.is_of_layer_alone
+        moments = None
+        if not setting.frozen:
+            local_moments = steps.moments if is_of_layer_alone else steps.moments_block
+            moments = _moments_of_all_ranks(steps, local_moments, dense, setting)
         ctx.setting = setting
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if residual is None and running.mean is not None and setting.is_of_layer_alone:
+        if is_of_layer_alone and running.mean is not None:
             ctx.save_for_backward(input, weight, moments)
             ctx.names = ()
             return steps.normalize(dense, moments, weight, bias, eps=setting.eps, running=running)
@@ -215,14 +220,16 @@ def _gradients_of_block(
     return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:
+def _moments_of_all_ranks(
+    steps: ops.Steps, local_moments: Callable[[Tensor], Tensor], input: Tensor, setting: Setting
+) -> Tensor:
     if setting.group is None:
-        return steps.moments(input)
+        return local_moments(input)
     compiling = steps is ops.OPERATORS and torch.compiler.is_compiling()
     if compiling or not this_thread.regions:
-        return all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
+        return all_reduce(local_moments(input), setting.group, setting.layer_name, "forward")
     moments = take_sums(setting.layer_name)
     if moments is None:
-        moments = all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
+        moments = all_reduce(local_moments(input), setting.group, setting.layer_name, "forward")
     keep_sums(moments, setting.layer_name)
     return moments

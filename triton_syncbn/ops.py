@@ -32,6 +32,7 @@ _ACTIVATION = "str? activation=None, float activation_slope=0.0"
 # 2.13 cannot compile an operator that returns one tensor and is given nothing that it may change.
 _SCHEMAS = {
     "moments": "(Tensor input) -> Tensor",
+    "moments_block": "(Tensor input) -> Tensor",
     "normalize": (
         f"(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, {_BUFFERS}, float eps) "
         "-> Tensor"
@@ -306,6 +307,7 @@ class Steps(NamedTuple):
     normalize: Callable[..., Any]
     grad_moments: Callable[..., Any]
     grad_input: Callable[..., Any]
+    moments_block: Callable[..., Any]
     normalize_block: Callable[..., Any]
     grad_moments_block: Callable[..., Any]
     grad_input_block: Callable[..., Any]
@@ -313,7 +315,7 @@ class Steps(NamedTuple):
 
 _SHAPES = Steps(
     *(_moments_shape, _normalize_shape, _grad_moments_shape, _grad_input_shape),
-    *(_normalize_block_shape, _grad_moments_shape, _grad_input_block_shape),
+    *(_moments_shape, _normalize_block_shape, _grad_moments_shape, _grad_input_block_shape),
 )
 
 
@@ -326,6 +328,7 @@ def _steps_on(device_type: str) -> Steps:
         functools.partial(_normalize, backend),
         backend.grad_moments,
         backend.grad_input,
+        _backend_of_blocks(backend).moments,
         functools.partial(_normalize_block, backend),
         functools.partial(_grad_moments_block, backend),
         functools.partial(_grad_input_block, backend),
@@ -366,6 +369,7 @@ moments = torch.ops.triton_syncbn.moments.default
 normalize = torch.ops.triton_syncbn.normalize.default
 grad_moments = torch.ops.triton_syncbn.grad_moments.default
 grad_input = torch.ops.triton_syncbn.grad_input.default
+moments_block = torch.ops.triton_syncbn.moments_block.default
 normalize_block = torch.ops.triton_syncbn.normalize_block.default
 grad_moments_block = torch.ops.triton_syncbn.grad_moments_block.default
 grad_input_block = torch.ops.triton_syncbn.grad_input_block.default
@@ -385,7 +389,7 @@ def _operator_normalize(
 
 OPERATORS = Steps(
     *(moments, _operator_normalize, grad_moments, grad_input),
-    *(normalize_block, grad_moments_block, grad_input_block),
+    *(moments_block, normalize_block, grad_moments_block, grad_input_block),
 )
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 

@@ -12,7 +12,7 @@ from tests.support import blocks, oracle
 from tests.support.blocks import EPS, SLOPE
 from tests.support.inputs import LAYOUTS, lay_out
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN, sync_batch_norm
+from triton_syncbn import SyncBN, cpu_blocks, sync_batch_norm
 from triton_syncbn.activations import ACTIVATIONS
 
 SHAPE = (6, 16, 5, 7)
@@ -43,8 +43,8 @@ def make_layer(activation, channels=SHAPE[1], **options):
     return layer
 
 
-def make_tensors(dtype, layout, residual, shape=SHAPE):
-    generator = torch.Generator().manual_seed(0)
+def make_tensors(dtype, layout, residual, shape=SHAPE, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     tensors = [
         lay_out((2 * torch.randn(shape, generator=generator) + 1).to(dtype), layout)
         for _ in range(3)
@@ -101,6 +101,35 @@ def test_every_block_is_one_of_the_whole_batch(world_size, reference_ranks):
             assert not wrong, (combination, plain_or_twice, wrong)
         for _, _, calls in of_ranks:
             assert calls == (STEP if world_size > 1 else []), combination
+
+
+# Shapes and how many of each: small ones; ones whose maps are cut into pieces, of samples, of rows
+# and, in a large sample, of channels; and few channels, where a mean is in every error.
+DRAWN = {(6, 16, 5, 7): 20, (5, 12, 24, 24): 2, (1, 8, 64, 48): 2, (8, 2, 64, 64): 2}
+PIECE = 1 << 13  # elements, which cut some of those
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_float32_map_is_further_from_right_than_torchs(
+    activation, layout, residual, monkeypatch
+):
+    """In any draw: not by the norm of its error, and not by the largest."""
+    monkeypatch.setattr(cpu_blocks, "PIECE", PIECE)
+    for shape, draws in DRAWN.items():
+        layer = make_layer(activation, shape[1])
+        for seed in range(draws):
+            x, dy, extra = make_tensors(torch.float32, layout, residual, shape, seed)
+            whole = activation, x, dy, layer.weight, layer.bias, extra
+            exact, torchs = blocks.exact(*whole), blocks.eager(*whole, dtype=torch.float32)
+            ours = gradients(layer, x, dy, extra)
+            for name in ("output", "input", "residual") if residual else ("output", "input"):
+                right = getattr(exact, name)
+                mine, theirs = ((getattr(r, name) - right).abs() for r in (ours, torchs))
+                assert mine.norm() <= theirs.norm(), (shape, seed, name)
+                assert mine.max() <= theirs.max(), (shape, seed, name)
 
 
 @pytest.mark.usefixtures("plain_torch")
@@ -289,17 +318,18 @@ def test_the_derivative_at_nan(activation, dtype):
 
 @pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize(
-    ("activation", "residual", "maps"),
+    ("activation", "residual", "dtype", "maps"),
     [
-        ("relu", False, 1),  # x; the ReLU of torch in place keeps y, too
-        ("silu", False, 1),
-        (None, True, 1),
-        ("relu", True, 1 + 1 / 16),  # x and a bit per element
-        ("silu", True, 2),  # x and the residual, where torch keeps x and the sum
+        ("relu", False, torch.bfloat16, 1),  # x; the ReLU of torch in place keeps y, too
+        ("silu", False, torch.bfloat16, 1),
+        (None, True, torch.bfloat16, 1),
+        ("relu", True, torch.bfloat16, 1 + 1 / 16),  # x and a bit per element
+        ("relu", True, torch.float32, 1 + 1 / 32),
+        ("silu", True, torch.bfloat16, 2),  # x and the residual, where torch keeps x and the sum
     ],
 )
-def test_what_a_block_keeps_for_backward(activation, residual, maps):
-    x, _, extra = make_tensors(torch.bfloat16, "channels_first", residual)
+def test_what_a_block_keeps_for_backward(activation, residual, dtype, maps):
+    x, _, extra = make_tensors(dtype, "channels_first", residual)
     x.requires_grad_()
     kept = {}
 
