@@ -8,7 +8,8 @@ the definitions in `activations` go over it for each of their operators.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from .cpu_memory import buffer
 from .cpu_statistics import statistics_of
 from .operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
 
-PIECE = 1 << 17  # elements of a piece for each thread: 1 MiB in float64; as measured
+PIECE = 1 << 18  # elements of a piece: 2 MiB in float64; as measured
+LEAST_OF_THREAD = 1 << 15  # elements below which torch gives a thread nothing to do
 VALUES, ARGUMENT, GRADIENT, SPARE = range(4)  # buffers: x, z, the gradient, and what comes and goes
 _aten = torch.ops.aten
 _batch_norm_backward = _aten.native_batch_norm_backward.default
@@ -291,7 +293,7 @@ def _nothing() -> Tensor:
         return torch.empty(0, dtype=torch.float64, device="cpu")
 
 
-def _pieces(input: Tensor, *others: Tensor | None) -> Iterator[tuple[slice | None, list[Any]]]:
+def _pieces(input: Tensor, *others: Tensor | None) -> Iterator[tuple[slice | None, Sequence[Any]]]:
     """Pieces of dense maps that lie in memory alike, as (N, C, L, 1): the channels that they have,
     or None if they have all, and the piece of each map.
     """
@@ -299,29 +301,31 @@ def _pieces(input: Tensor, *others: Tensor | None) -> Iterator[tuple[slice | Non
     if elements == 0:
         return
     positions = elements // (samples * channels)
-    most = PIECE * torch.get_num_threads()
-    if input.is_contiguous() and positions > 1:
-        shape = samples, channels, positions, 1
-        strides = channels * positions, positions, 1, 1
-        dimension, elements_of_one = 0, channels * positions
+    by_rows = input.is_contiguous() and positions > 1
+    if by_rows:
+        shape, strides = (samples, channels, positions, 1), (channels * positions, positions, 1, 1)
     else:  # rows of channels, to torch one sample in channels last
-        shape = 1, channels, samples * positions, 1
-        strides = elements, 1, channels, channels
-        dimension, elements_of_one = 2, channels
-    views = [map if map is None else map.as_strided(shape, strides) for map in (input, *others)]
+        shape, strides = (1, channels, samples * positions, 1), (elements, 1, channels, channels)
+    maps = [map if map is None else map.as_strided(shape, strides) for map in (input, *others)]
+    most = max(PIECE, LEAST_OF_THREAD * torch.get_num_threads())
     if elements <= most:
-        yield None, views
-    elif elements_of_one <= most or dimension == 2:
-        step = max(most // elements_of_one, 1)
-        for start in range(0, shape[dimension], step):
-            size = min(step, shape[dimension] - start)
-            yield None, [v if v is None else v.narrow(dimension, start, size) for v in views]
+        yield None, maps
+    elif not by_rows:
+        yield from ((None, parts) for parts in _cut(maps, 2, most // channels))
+    elif channels * positions <= most:
+        yield from ((None, parts) for parts in _cut(maps, 0, most // (channels * positions)))
     else:
-        step = max(most // positions, 1)
-        for sample in range(samples):
-            for start in range(0, channels, step):
-                some = slice(start, min(start + step, channels))
-                yield some, [v if v is None else v[sample : sample + 1, some] for v in views]
+        for sample in _cut(maps, 0, 1):
+            step = max(most // positions, 1)
+            for number, parts in enumerate(_cut(sample, 1, step)):
+                yield slice(number * step, (number + 1) * step), parts
+
+
+def _cut(maps: Sequence[Any], dimension: int, step: int) -> Iterator[Sequence[Any]]:
+    """So many of a dimension at a time, of each map."""
+    step = max(step, 1)
+    none = itertools.repeat(None)
+    return zip(*(none if m is None else m.split(step, dimension) for m in maps), strict=False)
 
 
 def _pack(opened: Tensor, gates: Tensor) -> None:

@@ -30,6 +30,7 @@ def way(request, plain_torch, monkeypatch):
     """Pieces of a prime number of elements: they end within samples, rows and bytes of gates."""
     if request.param == "pieces":
         monkeypatch.setattr(cpu_blocks, "PIECE", 101)
+        monkeypatch.setattr(cpu_blocks, "LEAST_OF_THREAD", 0)
 
 
 def run(module, block, shape, dtype, layout):
