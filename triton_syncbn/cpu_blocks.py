@@ -32,6 +32,8 @@ class Loops(NamedTuple):
 
     value: Callable[[Tensor, float], Any]  # of z and the slope
     gradient: Callable[[Tensor, Tensor, float], Any]  # of the gradient after it, z and the slope
+    # of maps of half precision, which see no rounding of float32: of exp, float64 takes three times
+    precision_of_half: torch.dtype = torch.float64
 
 
 def _gradient_of_relu(grad: Tensor, z: Tensor, slope: float) -> None:
@@ -50,7 +52,7 @@ def _gradient_of_leaky_relu(grad: Tensor, z: Tensor, slope: float) -> None:
 
 def _gradient_of_elu(grad: Tensor, z: Tensor, slope: float) -> None:
     """Without the loop that torch has, in which a NaN is one here and none there."""
-    grad.mul_(torch.clamp(z, max=0.0, out=_buffer(z, SPARE)).nan_to_num_(nan=0.0).exp_())
+    grad.mul_(torch.clamp(z, max=0.0, out=buffer(z, z.dtype, SPARE)).nan_to_num_(nan=0.0).exp_())
 
 
 def _gradient_of_silu(grad: Tensor, z: Tensor, slope: float) -> None:
@@ -71,9 +73,9 @@ LOOPS = {
     "relu": Loops(lambda z, slope: z.relu_(), _gradient_of_relu),
     "relu6": Loops(lambda z, slope: z.clamp_(0.0, 6.0), _gradient_of_relu6),
     "leaky_relu": Loops(lambda z, slope: _aten.leaky_relu_(z, slope), _gradient_of_leaky_relu),
-    "elu": Loops(lambda z, slope: _aten.elu_(z), _gradient_of_elu),
-    "silu": Loops(lambda z, slope: _aten.silu_(z), _gradient_of_silu),
-    "gelu": Loops(lambda z, slope: _aten.gelu_(z), _gradient_of_gelu),
+    "elu": Loops(lambda z, slope: _aten.elu_(z), _gradient_of_elu, torch.float32),
+    "silu": Loops(lambda z, slope: _aten.silu_(z), _gradient_of_silu, torch.float32),
+    "gelu": Loops(lambda z, slope: _aten.gelu_(z), _gradient_of_gelu, torch.float32),
     "hardswish": Loops(lambda z, slope: _aten.hardswish_(z), _gradient_of_hardswish),
 }
 
@@ -123,6 +125,7 @@ def normalize(
             loops.gradient(derivative, z, 0.0)
             opened.copy_(derivative)
         if loops is not None:
+            z = _in_precision(z, _precision_of(loops, input.dtype), SPARE)
             loops.value(z, slope)
         result.copy_(z)
     if gates is not None and block.gates is not None:
@@ -252,17 +255,18 @@ def _gradient_of_z(
     opened: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """x, and the gradient before the activation, in a buffer; both of a piece and float64."""
-    values = _wide(values)
-    grad = _buffer(values, GRADIENT).copy_(grad_output)
     loops, slope = _loops_of(block)
+    precision = torch.float64 if loops is None else _precision_of(loops, values.dtype)
+    values = _wide(values)
+    grad = buffer(values, precision, GRADIENT).copy_(grad_output)
     if loops is not None:
         z = _buffer(values, ARGUMENT)
         if opened is None:
             layer.before_activation(values, residual, channels, z)
         else:  # an activation with gates has at 1 and 0 the derivatives of open and closed ones
             z.copy_(opened)
-        loops.gradient(grad, z, slope)
-    return values, grad
+        loops.gradient(grad, _in_precision(z, precision, ARGUMENT), slope)
+    return values, _in_precision(grad, torch.float64, GRADIENT)
 
 
 def _loops_of(block: BlockOperands) -> tuple[Any, float]:
@@ -270,9 +274,17 @@ def _loops_of(block: BlockOperands) -> tuple[Any, float]:
     return LOOPS.get(block.activation or ""), block.activation_slope
 
 
+def _precision_of(loops: Loops, dtype: torch.dtype) -> torch.dtype:
+    return loops.precision_of_half if dtype.itemsize == 2 else torch.float64
+
+
+def _in_precision(map: Tensor, precision: torch.dtype, index: int) -> Tensor:
+    """The map itself, or a buffer if it is of another precision."""
+    return map if map.dtype == precision else buffer(map, precision, index).copy_(map)
+
+
 def _wide(values: Tensor) -> Tensor:
-    """In float64, which is a buffer unless they have been."""
-    return values if values.dtype == torch.float64 else _buffer(values, VALUES).copy_(values)
+    return _in_precision(values, torch.float64, VALUES)
 
 
 def _buffer(map: Tensor, index: int) -> Tensor:
