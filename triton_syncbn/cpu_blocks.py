@@ -23,6 +23,8 @@ from .operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
 PIECE = 1 << 18  # elements of a piece: 2 MiB in float64; as measured
 LEAST_OF_THREAD = 1 << 15  # elements below which torch gives a thread nothing to do
 VALUES, ARGUMENT, GRADIENT, SPARE = range(4)  # buffers: x, z, the gradient, and what comes and goes
+# Times eight bytes of 0 or 1, as one number: a bit of each, in order, in the highest byte
+GATHER_BITS = sum(1 << (56 - 7 * bit) for bit in range(8))
 _aten = torch.ops.aten
 _batch_norm_backward = _aten.native_batch_norm_backward.default
 
@@ -32,7 +34,7 @@ class Loops(NamedTuple):
 
     value: Callable[[Tensor, float], Any]  # of z and the slope
     gradient: Callable[[Tensor, Tensor, float], Any]  # of the gradient after it, z and the slope
-    # of maps of half precision, which see no rounding of float32: of exp, float64 takes three times
+    # For maps of half precision, where no rounding of float32 shows: exp takes a third of the time
     precision_of_half: torch.dtype = torch.float64
 
 
@@ -84,18 +86,12 @@ def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
     if input.dtype != torch.float32 or input.numel() <= cpu.SMALL:
         return cpu.moments(input)  # in float64, or with digits to spare
-    channels = input.shape[1]
-    zero, one = (
-        torch.zeros(channels, dtype=torch.float64),
-        torch.ones(channels, dtype=torch.float64),
-    )
-    moments = torch.zeros(2 * channels + 1, dtype=torch.float64)
-    moments[-1] = input.numel() // channels
-    sums = moments[:-1].view(2, -1)
-    for some, (values,) in _pieces(input):
+    sums = input.new_zeros((2, input.shape[1]), dtype=torch.float64)
+    mean, one = torch.zeros_like(sums[0]), torch.ones_like(sums[0])
+    for channels, (values,) in _pieces(input):
         values = _wide(values)
-        _add_sums(sums, some, values, values, zero, one)
-    return moments
+        _add_sums(sums, channels, values, values, mean, one)
+    return torch.cat((sums.view(-1), sums.new_full((1,), input.numel() // input.shape[1])))
 
 
 def normalize(
@@ -271,7 +267,7 @@ def _gradient_of_z(
 
 def _loops_of(block: BlockOperands) -> tuple[Any, float]:
     """Of its activation, if it has one; and the slope."""
-    return LOOPS.get(block.activation or ""), block.activation_slope
+    return None if block.activation is None else LOOPS[block.activation], block.activation_slope
 
 
 def _precision_of(loops: Loops, dtype: torch.dtype) -> torch.dtype:
@@ -343,8 +339,8 @@ def _cut(maps: Sequence[Any], dimension: int, step: int) -> Iterator[Sequence[An
 def _pack(opened: Tensor, gates: Tensor) -> None:
     """Keep booleans, as they lie in memory, as gates: bit i % 8 of byte i // 8, if not in bytes."""
     flat = opened.as_strided((opened.numel(),), (1,))
-    if len(gates) < len(flat):  # the highest byte of the product is made of a bit of each byte
-        bits = flat.view(torch.int64).mul_(_GATHER_BITS).bitwise_right_shift_(56)
+    if len(gates) < len(flat):
+        bits = flat.view(torch.int64).mul_(GATHER_BITS).bitwise_right_shift_(56)
         gates.copy_(bits.bitwise_and_(255))
     else:
         gates.copy_(flat)
@@ -358,9 +354,6 @@ def _unpack(block: BlockOperands, input: Tensor) -> Tensor | None:
     if len(gates) < input.numel():
         gates = _bytes_of_gates().index_select(0, gates.int()).view(torch.uint8)
     return gates.as_strided(input.shape, input.stride())
-
-
-_GATHER_BITS = sum(1 << (56 - 7 * bit) for bit in range(8))
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """The autograd Function: moments, all_reduce, normalize; and its mirror in backward."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,14 +61,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
             ops.OPERATORS if buffers else ops.steps_for(input, weight, bias, residual, *running[:3])
         )
         dense = input if steps is ops.OPERATORS else ops.dense(input)
-        is_of_layer_alone = residual is None and setting.is_of_layer_alone
-        moments = None
-        if not setting.frozen:
-            local_moments = steps.moments if is_of_layer_alone else steps.moments_block
-            moments = _moments_of_all_ranks(steps, local_moments, dense, setting)
+        moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
         ctx.setting = setting
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if is_of_layer_alone and running.mean is not None:
+        if residual is None and running.mean is not None and setting.is_of_layer_alone:
             ctx.save_for_backward(input, weight, moments)
             ctx.names = ()
             return steps.normalize(dense, moments, weight, bias, eps=setting.eps, running=running)
@@ -220,9 +215,8 @@ def _gradients_of_block(
     return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def _moments_of_all_ranks(
-    steps: ops.Steps, local_moments: Callable[[Tensor], Tensor], input: Tensor, setting: Setting
-) -> Tensor:
+def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:
+    local_moments = steps.moments if setting.is_of_layer_alone else steps.moments_block
     if setting.group is None:
         return local_moments(input)
     compiling = steps is ops.OPERATORS and torch.compiler.is_compiling()
