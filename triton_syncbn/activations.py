@@ -3,9 +3,11 @@ for Triton.
 
 The functions below take z and a slope, and use nothing but operators and the three functions
 imported here; `kernels/blocks.py` compiles them with Triton's functions of the same names. To add
-one: a value, a derivative, a line in the table.
+one: a value, a derivative, a line in the table, and one in `cpu_blocks`, of loops that torch has.
 
-Derivatives at kinks are torch's: 0 where relu or relu6 begin or end. A NaN passes, as in torch.
+Derivatives at kinks are torch's: 0 where relu or relu6 begin or end. A NaN passes, as in torch. The
+derivative there is that of torch's loops on a GPU: 1, of leaky_relu the slope, of silu and gelu NaN
+(those on a CPU differ in relu6 and elu). Of hardswish it is NaN, as on a CPU; a GPU has 1.
 """
 
 from collections.abc import Callable
@@ -44,7 +46,7 @@ def leaky_relu(z, slope):
 
 
 def leaky_relu_derivative(z, slope):
-    return where(z <= 0.0, slope, 1.0)
+    return where(z > 0.0, 1.0, slope)
 
 
 def elu(z, slope):

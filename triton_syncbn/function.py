@@ -216,13 +216,14 @@ def _gradients_of_block(
 
 
 def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:
+    local_moments = steps.moments if setting.is_of_layer_alone else steps.moments_block
     if setting.group is None:
-        return steps.moments(input)
+        return local_moments(input)
     compiling = steps is ops.OPERATORS and torch.compiler.is_compiling()
     if compiling or not this_thread.regions:
-        return all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
+        return all_reduce(local_moments(input), setting.group, setting.layer_name, "forward")
     moments = take_sums(setting.layer_name)
     if moments is None:
-        moments = all_reduce(steps.moments(input), setting.group, setting.layer_name, "forward")
+        moments = all_reduce(local_moments(input), setting.group, setting.layer_name, "forward")
     keep_sums(moments, setting.layer_name)
     return moments

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cpu_blocks, reference
 from .operands import BlockOperands, RunningStatistics, by_keyword
 
 _BUFFERS = (
@@ -32,6 +32,7 @@ _ACTIVATION = "str? activation=None, float activation_slope=0.0"
 # 2.13 cannot compile an operator that returns one tensor and is given nothing that it may change.
 _SCHEMAS = {
     "moments": "(Tensor input) -> Tensor",
+    "moments_block": "(Tensor input) -> Tensor",
     "normalize": (
         f"(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, *, {_BUFFERS}, float eps) "
         "-> Tensor"
@@ -103,8 +104,8 @@ def _backend(device_type: str) -> Any:
 
 
 def _backend_of_blocks(backend: Any) -> Any:
-    """The same, but for the CPU path, which knows no blocks."""
-    return reference if backend is cpu else backend
+    """The same, but for the CPU path, which has a module of its own for blocks."""
+    return cpu_blocks if backend is cpu else backend
 
 
 def _normalize(
@@ -122,14 +123,16 @@ def _normalize(
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
-    """What keeps the gates of a block (see kernels/blocks.py): uint8, one of them for each element,
-    or for eight where they lie in one vector of one program; empty if none are kept.
+    """What keeps the gates of a block (see kernels/blocks.py), uint8, empty if none are kept. One
+    of them for each element; or for eight, in a kernel where they lie in one vector of one program,
+    on the CPU path where they fill bytes.
     """
     elements = input.numel() if any_are_kept else 0
-    one_position = math.prod(input.shape[2:]) == 1
-    channels_last = one_position or (is_channels_last(input) and not input.is_contiguous())
-    together = input.shape[1] if channels_last else elements
-    packed = input.itemsize == 2 and together % 8 == 0
+    packed = elements % 8 == 0
+    if input.device.type != "cpu" or _backend("cpu") is not cpu:
+        one_position = math.prod(input.shape[2:]) == 1
+        channels_last = one_position or (is_channels_last(input) and not input.is_contiguous())
+        packed = packed and input.itemsize == 2 and not (channels_last and input.shape[1] % 8)
     return input.new_empty(elements // 8 if packed else elements, dtype=torch.uint8)
 
 
@@ -304,6 +307,7 @@ class Steps(NamedTuple):
     normalize: Callable[..., Any]
     grad_moments: Callable[..., Any]
     grad_input: Callable[..., Any]
+    moments_block: Callable[..., Any]
     normalize_block: Callable[..., Any]
     grad_moments_block: Callable[..., Any]
     grad_input_block: Callable[..., Any]
@@ -311,7 +315,7 @@ class Steps(NamedTuple):
 
 _SHAPES = Steps(
     *(_moments_shape, _normalize_shape, _grad_moments_shape, _grad_input_shape),
-    *(_normalize_block_shape, _grad_moments_shape, _grad_input_block_shape),
+    *(_moments_shape, _normalize_block_shape, _grad_moments_shape, _grad_input_block_shape),
 )
 
 
@@ -324,6 +328,7 @@ def _steps_on(device_type: str) -> Steps:
         functools.partial(_normalize, backend),
         backend.grad_moments,
         backend.grad_input,
+        _backend_of_blocks(backend).moments,
         functools.partial(_normalize_block, backend),
         functools.partial(_grad_moments_block, backend),
         functools.partial(_grad_input_block, backend),
@@ -364,6 +369,7 @@ moments = torch.ops.triton_syncbn.moments.default
 normalize = torch.ops.triton_syncbn.normalize.default
 grad_moments = torch.ops.triton_syncbn.grad_moments.default
 grad_input = torch.ops.triton_syncbn.grad_input.default
+moments_block = torch.ops.triton_syncbn.moments_block.default
 normalize_block = torch.ops.triton_syncbn.normalize_block.default
 grad_moments_block = torch.ops.triton_syncbn.grad_moments_block.default
 grad_input_block = torch.ops.triton_syncbn.grad_input_block.default
@@ -383,7 +389,7 @@ def _operator_normalize(
 
 OPERATORS = Steps(
     *(moments, _operator_normalize, grad_moments, grad_input),
-    *(normalize_block, grad_moments_block, grad_input_block),
+    *(moments_block, normalize_block, grad_moments_block, grad_input_block),
 )
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 

@@ -241,18 +241,21 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 
 def _pack(opened: Tensor, gates: Tensor, input: Tensor) -> Tensor:
     """Booleans as gates lie in memory: in the order of the input, bit i % 8 of byte i // 8."""
-    flat = _in_memory_order(opened).reshape(-1, input.numel() // max(gates.numel(), 1))
-    bits = torch.arange(flat.shape[1], dtype=torch.uint8, device=input.device)
+    bits = _bits_of_byte(gates, input)
+    flat = _in_memory_order(opened).reshape(-1, len(bits))
     return (flat.to(torch.uint8) << bits).sum(1, dtype=torch.uint8)
 
 
 def _unpack(gates: Tensor, input: Tensor) -> Tensor:
     model = _in_memory_order(input)
-    bits = torch.arange(
-        input.numel() // max(gates.numel(), 1), dtype=torch.uint8, device=input.device
-    )
-    opened = (gates[:, None] >> bits & 1).bool().view(model.shape)
+    opened = (gates[:, None] >> _bits_of_byte(gates, input) & 1).bool().view(model.shape)
     return opened if model is input else opened.movedim(-1, 1)
+
+
+def _bits_of_byte(gates: Tensor, input: Tensor) -> Tensor:
+    """The places of the gates in a byte, one or eight; an empty batch has neither."""
+    number = max(input.numel() // max(gates.numel(), 1), 1)
+    return torch.arange(number, dtype=torch.uint8, device=input.device)
 
 
 def _all_but_channels(input: Tensor) -> list[int]:

@@ -126,3 +126,50 @@ def sums_as_on_a_gpu() -> Iterator[None]:
 
     with mock.patch.object(ReduceOps, "sum", total):
         yield
+
+
+@contextlib.contextmanager
+def products_added_as_on_a_gpu() -> Iterator[None]:
+    """Add float32 products in the interpreter with one rounding: `tl.fma`, and a product and a sum,
+    which compilers contract. The interpreter rounds twice.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    from triton.runtime.interpreter import TensorHandle
+
+    multiply = Builder.create_fmul
+
+    def rounded(sum: Any, like: Any) -> Any:
+        return TensorHandle(sum.astype(np.float32), like.dtype.scalar)
+
+    def product(self: Any, x: Any, y: Any) -> Any:
+        result = multiply(self, x, y)
+        if result.data.dtype == np.float32:  # float64 holds it
+            result.exact = x.data.astype(np.float64) * y.data
+        return result
+
+    def fma(plain: Any) -> Any:
+        def run(self: Any, x: Any, y: Any, z: Any) -> Any:
+            if z.data.dtype != np.float32:
+                return plain(self, x, y, z)
+            return rounded(x.data.astype(np.float64) * y.data + z.data, z)
+
+        return run
+
+    def sum_with(plain: Any, operation: Any) -> Any:
+        def run(self: Any, x: Any, y: Any) -> Any:
+            if hasattr(x, "exact"):
+                return rounded(operation(x.exact, y.data), x)
+            if hasattr(y, "exact"):
+                return rounded(operation(x.data, y.exact), y)
+            return plain(self, x, y)
+
+        return run
+
+    with mock.patch.multiple(
+        Builder,
+        create_fmul=product,
+        create_fma=fma(Builder.create_fma),
+        create_fadd=sum_with(Builder.create_fadd, np.add),
+        create_fsub=sum_with(Builder.create_fsub, np.subtract),
+    ):
+        yield

@@ -12,7 +12,7 @@ from tests.support import blocks, oracle
 from tests.support.blocks import EPS, SLOPE
 from tests.support.inputs import LAYOUTS, lay_out
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN, sync_batch_norm
+from triton_syncbn import SyncBN, cpu_blocks, sync_batch_norm
 from triton_syncbn.activations import ACTIVATIONS
 
 SHAPE = (6, 16, 5, 7)
@@ -43,8 +43,8 @@ def make_layer(activation, channels=SHAPE[1], **options):
     return layer
 
 
-def make_tensors(dtype, layout, residual, shape=SHAPE):
-    generator = torch.Generator().manual_seed(0)
+def make_tensors(dtype, layout, residual, shape=SHAPE, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     tensors = [
         lay_out((2 * torch.randn(shape, generator=generator) + 1).to(dtype), layout)
         for _ in range(3)
@@ -101,6 +101,36 @@ def test_every_block_is_one_of_the_whole_batch(world_size, reference_ranks):
             assert not wrong, (combination, plain_or_twice, wrong)
         for _, _, calls in of_ranks:
             assert calls == (STEP if world_size > 1 else []), combination
+
+
+# Shapes and how many of each: small ones; ones whose maps are cut into pieces, of samples, of rows
+# and, in a large sample, of channels; and few channels, where a mean is in every error.
+DRAWN = {(6, 16, 5, 7): 20, (5, 12, 24, 24): 2, (1, 8, 64, 48): 2, (8, 2, 64, 64): 2}
+PIECE = 1 << 13  # elements, which cut some of those
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_float32_map_is_further_from_right_than_torchs(
+    activation, layout, residual, monkeypatch
+):
+    """In any draw: not by the norm of its error, and not by the largest."""
+    monkeypatch.setattr(cpu_blocks, "PIECE", PIECE)
+    monkeypatch.setattr(cpu_blocks, "LEAST_OF_THREAD", 0)
+    for shape, draws in DRAWN.items():
+        layer = make_layer(activation, shape[1])
+        for seed in range(draws):
+            x, dy, extra = make_tensors(torch.float32, layout, residual, shape, seed)
+            whole = activation, x, dy, layer.weight, layer.bias, extra
+            exact, torchs = blocks.exact(*whole), blocks.eager(*whole, dtype=torch.float32)
+            ours = gradients(layer, x, dy, extra)
+            for name in ("output", "input", "residual") if residual else ("output", "input"):
+                right = getattr(exact, name)
+                mine, theirs = ((getattr(r, name) - right).abs() for r in (ours, torchs))
+                assert mine.norm() <= theirs.norm(), (shape, seed, name)
+                assert mine.max() <= theirs.max(), (shape, seed, name)
 
 
 @pytest.mark.usefixtures("plain_torch")
@@ -240,10 +270,7 @@ def test_the_gradient_at_a_kink_is_torchs(activation, residual):
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
 def test_nan_passes_as_in_torch(activation):
-    """From the residual into one element of y, from the input into its channel, and no further.
-
-    Which derivative a NaN has is not held: torch's own on a CPU and on a GPU differ.
-    """
+    """From the residual into one element of y, from the input into its channel, and no further."""
     layer = make_layer(activation, 4)
     x, dy, extra = make_tensors(torch.float64, "channels_first", True, (3, 4, 5))
     extra[0, 1, 0] = x[1, 3, 2] = torch.nan
@@ -256,19 +283,54 @@ def test_nan_passes_as_in_torch(activation):
         torch.testing.assert_close(*clean)
 
 
+# As torch has it on a GPU, but that a NaN passes a hardswish there. On a CPU its loops differ in
+# relu6, elu and hardswish from that, and from their own last elements.
+DERIVATIVE_AT_NAN = {
+    None: 1.0,
+    "relu": 1.0,
+    "relu6": 1.0,
+    "leaky_relu": SLOPE,
+    "elu": 1.0,
+    "silu": torch.nan,
+    "gelu": torch.nan,
+    "hardswish": torch.nan,
+}
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
+def test_the_derivative_at_nan(activation, dtype):
+    """In vectors and in what is left over at their end: a NaN of the residual, which its own
+    gradient shows, and a channel of them, which the gradient of the bias shows.
+    """
+    expected = DERIVATIVE_AT_NAN[activation]
+    x, dy, extra = make_tensors(dtype, "channels_first", True, (3, 8, 7))
+    extra[:, 1] = extra[2, 7, 6] = torch.nan
+    of_residual = gradients(make_layer(activation, 8), x.clone(), dy, extra).residual
+    wanted = (expected * dy.double()).to(dtype)
+    for place in ((slice(None), 1), (2, 7, 6)):
+        torch.testing.assert_close(of_residual[place], wanted[place], equal_nan=True)
+    x[1, 3, 2] = torch.nan
+    of_bias = gradients(make_layer(activation, 8), x, dy, None).bias
+    wanted = expected * dy[:, 3].double().sum()
+    torch.testing.assert_close(of_bias[3], wanted, equal_nan=True)
+
+
 @pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize(
-    ("activation", "residual", "maps"),
+    ("activation", "residual", "dtype", "maps"),
     [
-        ("relu", False, 1),  # x; the ReLU of torch in place keeps y, too
-        ("silu", False, 1),
-        (None, True, 1),
-        ("relu", True, 1 + 1 / 16),  # x and a bit per element
-        ("silu", True, 2),  # x and the residual, where torch keeps x and the sum
+        ("relu", False, torch.bfloat16, 1),  # x; the ReLU of torch in place keeps y, too
+        ("silu", False, torch.bfloat16, 1),
+        (None, True, torch.bfloat16, 1),
+        ("relu", True, torch.bfloat16, 1 + 1 / 16),  # x and a bit per element
+        ("relu", True, torch.float32, 1 + 1 / 32),
+        ("silu", True, torch.bfloat16, 2),  # x and the residual, where torch keeps x and the sum
     ],
 )
-def test_what_a_block_keeps_for_backward(activation, residual, maps):
-    x, _, extra = make_tensors(torch.bfloat16, "channels_first", residual)
+def test_what_a_block_keeps_for_backward(activation, residual, dtype, maps):
+    x, _, extra = make_tensors(dtype, "channels_first", residual)
     x.requires_grad_()
     kept = {}
 

@@ -7,6 +7,8 @@ from unittest import mock
 import numpy as np
 import torch
 from numerics.interpreter import prepare as prepare
+from numerics.interpreter import products_added_as_on_a_gpu as products_added_as_on_a_gpu
+from numerics.interpreter import sums_as_on_a_gpu as sums_as_on_a_gpu
 
 
 class Meter:
