@@ -2,21 +2,22 @@
 
 A small tensor takes as long as its operations are many; in float64 there are no more of them, and
 nothing cancels. A large one takes as long as its bytes travel. It stays in float32, which is as
-good but for two things. Where means are far from 0, in units of the deviation, torch's batch norm
-must be given deviations from them. And its backward, which yields both sums of a step at once, adds
-up in chains, whose roundings add up, too: where they are long, `torch.sum` adds parts in a tree.
+good but for two things. Where means are far from 0, in units of the deviation, sums and factors
+must be those of deviations from them. And the backward of torch's batch norm, which yields both
+sums of a step at once, adds up in chains, whose roundings add up, too: it is given a map in pieces,
+or, where they would have to be too short, `torch.sum` adds parts in a tree.
 What is made on the way lies in buffers that a thread keeps: fresh pages cost more than arithmetic.
 """
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cpu_memory import blocks, buffer, wide
-from .cpu_statistics import Statistics, statistics_of
+from .cpu_statistics import Statistics, are_near, keep_statistics, statistics_of
 from .operands import NOT_TRACKED, RunningStatistics
 
 SMALL = 1 << 13  # elements up to which float64 costs nothing, as measured
@@ -25,6 +26,9 @@ SMALL = 1 << 13  # elements up to which float64 costs nothing, as measured
 # have both signs; float64 has digits to spare, but not for moments, which cancel.
 LONGEST_CHAIN = {2: (64, 2048), 4: (32, 32), 8: (64, SMALL)}
 LANES = 16  # of a vector register: torch has a chain for each, along a row
+MOST_CHAINS = (
+    1 << 12
+)  # side by side, of channels that are: the sums of more leave the fastest cache
 LONGEST_PART = 256  # values that torch.sum adds up before the sums are added in float64
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
@@ -34,9 +38,8 @@ def moments(input: Tensor) -> Tensor:
     values = input.numel() // input.shape[1]
     count = _vector(1, values, torch.float64)
     total, squares = _sums(None, input, None)
-    moments = torch.cat((total, squares, count))
-    if _dtype_of(input) == torch.float64 or statistics_of(moments).is_near:
-        return moments
+    if _dtype_of(input) == torch.float64 or are_near(total, squares, values):
+        return torch.cat((total, squares, count))
     high = (total / values).float()
     deviations, squares = _sums(None, input, high)
     shift = high.double()
@@ -55,7 +58,7 @@ def normalize(
 ) -> Tensor:
     """Normalize with the global moments; move the running statistics unless the batch is empty."""
     running_mean, running_var, num_batches_tracked, momentum = running
-    statistics = statistics_of(moments)
+    statistics = keep_statistics(moments)
     if (count := statistics.count) > 0.0:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -80,11 +83,9 @@ def grad_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
     statistics = statistics_of(moments)
-    shift, mean, _ = statistics.in_dtype(_dtype_of(input))
-    grads, products = _sums(grad_output, input, mean if shift is None else shift)
-    if shift is not None:
-        products = torch.addcmul(products, grads, mean, value=-1.0)
-    products = products * statistics.rstd(eps)
+    shift, rest = statistics.shift_and_rest(_dtype_of(input))
+    grads, products = _sums(grad_output, input, shift)
+    products = torch.addcmul(products, grads, rest, value=-1.0).mul_(statistics.rstd(eps))
     return (
         torch.cat((grads, products)),
         input.new_empty(0) if weight_dtype is None else products.to(weight_dtype),
@@ -126,29 +127,35 @@ def _batch_norm(
 ) -> Tensor:
     """xhat * weight + bias, and + dy * scale if there is a dy; the other vectors are [C]."""
     dtype = _dtype_of(input)
-    shift, mean, variance = statistics.in_dtype(dtype)
-    settings: Any
-    if dtype == torch.float64:
-        vectors = [v if v is None or v.dtype == dtype else v.to(dtype) for v in (weight, bias)]
-        settings = (*vectors, mean, variance, False, 0.0, eps)
-    else:  # float32 factors that are rounded once: of values with mean 0 and variance 1, to torch
-        factor = statistics.rstd(eps)
-        factor = factor if weight is None else factor * weight
-        rest = statistics.mean if shift is None else statistics.mean - shift
-        added = factor * -rest if bias is None else torch.addcmul(bias, factor, rest, value=-1.0)
-        zero, one = (_vector(input.shape[1], value, dtype) for value in (0.0, 1.0))
-        settings = (factor.to(dtype), added.to(dtype), zero, one, False, 0.0, 0.0)
-    if scale is not None:
-        scale = scale.to(dtype).view(-1, *[1] * (input.dim() - 2))
-    output, none = torch.empty_like(input), _vector(0, 0.0, dtype)
-    # torch takes half precision as well, and rounds at the end: before anything can be added
+    shift, rest = statistics.shift_and_rest(dtype)
+    factor = statistics.rstd(eps)
+    factor = factor if weight is None else factor * weight
+    added = factor * -rest if bias is None else torch.addcmul(bias, factor, rest, value=-1.0)
+    factor, added = factor.to(dtype), added.to(dtype)  # rounded once
+    output = torch.empty_like(input)
+    # torch's batch norm takes half precision as well, and rounds at the end: before anything can be
+    # added. Channels that are side by side are faster without it.
     takes_all = dtype == torch.float32 and shift is None and grad_output is None
+    side_by_side = _are_side_by_side(input) and not (takes_all and input.itemsize == 2)
+    if side_by_side:
+        factor, added = _per_channel(factor, input), _per_channel(added, input)
+    else:
+        zero, one, none = (
+            _vector(size, value, dtype)
+            for size, value in ((input.shape[1], 0.0), (input.shape[1], 1.0), (0, 0.0))
+        )
+    if scale is not None:
+        scale = _per_channel(scale.to(dtype), input)
     for values, grad, result in blocks(input, grad_output, output):
         deviations = values if takes_all else wide(values, dtype, shift)
         target = result if takes_all or result.dtype == dtype else deviations
-        torch.native_batch_norm(deviations, *settings, out=(target, none, none))
+        if side_by_side:
+            torch.addcmul(added, deviations, factor, out=target)
+        else:  # of values with mean 0 and variance 1, to torch
+            settings = factor, added, zero, one, False, 0.0, 0.0
+            torch.native_batch_norm(deviations, *settings, out=(target, none, none))
         if scale is not None:
-            target.addcmul_(wide(grad, dtype, None, 1) if grad.itemsize == 2 else grad, scale)
+            target.addcmul_(wide(grad, dtype, None, 1), scale)
         if target is not result:
             result.copy_(target)
     return output
@@ -159,47 +166,89 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
     dtype, channels = _dtype_of(input), input.shape[1]
     if input.numel() == 0:
         return torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
-    of_moments, of_gradients = LONGEST_CHAIN[8 if dtype == torch.float64 else input.itemsize]
-    if grad_output is None:
-        pieces = _pieces(input, of_moments) if shift is None else 0
-    else:
-        pieces = _pieces(input, of_gradients) if grad_output.dtype == input.dtype else 0
-    if pieces:
-        map = input.double() if dtype == torch.float64 else input
-        grads = map if grad_output is None else grad_output.to(map.dtype)
-        one, zero = (_vector(channels * pieces, value, dtype) for value in (1.0, 0.0))
-        mean = zero if shift is None else shift
-        if pieces > 1:
-            map, grads = (each.view(len(input), channels * pieces, -1) for each in (map, grads))
-            mean = zero if shift is None else shift.repeat_interleave(pieces)
-        settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
-        _, second, first = _batch_norm_backward(grads, map, *settings)
-        if pieces == 1:
-            return first, second
-        first, second = (each.view(channels, -1) for each in (first, second))
-        return first.sum(1, dtype=torch.float64), second.sum(1, dtype=torch.float64)
+    of_moments = grad_output is None
+    # torch's batch norm takes half precision as it is, if it takes all of it
+    as_it_is = dtype == torch.float32 and (
+        shift is None if grad_output is None else grad_output.dtype == input.dtype
+    )
+    bytes_of_term = input.itemsize if as_it_is else dtype.itemsize
+    longest = LONGEST_CHAIN[bytes_of_term][0 if of_moments else 1]
     sums: Any = None
     for values, grad in blocks(input, grad_output):
-        deviations = wide(values, dtype, shift)
-        grad = deviations if grad_output is None else wide(grad, dtype, None, 1)
-        target = buffer(values, dtype) if deviations is values else deviations
-        first, second = _sum(grad), _sum(torch.mul(deviations, grad, out=target))
-        sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
+        chains = _chains(values.shape, values.is_contiguous(), longest, bytes_of_term)
+        mean = None if of_moments or chains is None else shift  # taken off by torch's batch norm
+        deviations = values
+        if not as_it_is or chains is None:
+            deviations = wide(values, dtype, shift if mean is None else None)
+            grad = deviations if of_moments else wide(grad, dtype, None, 1)
+        if chains is not None:
+            first, second = _sums_in_chains(grad, deviations, mean, chains)
+        else:
+            target = buffer(values, dtype) if deviations is values else deviations
+            first, second = _sum(grad), _sum(torch.mul(deviations, grad, out=target))
+        if sums is not None:  # of several blocks, in float64
+            first, second = first + sums[0].double(), second + sums[1].double()
+        sums = first, second
     return sums
 
 
-def _pieces(input: Tensor, longest: int) -> int:
-    """Pieces of a row, of which the backward of torch's batch norm adds up as many terms one by one
-    at most; or 0 if there are none.
+class Chains(NamedTuple):
+    """Memory as a map whose channels are pieces of those that there are."""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    table: tuple[int, int]  # of its channels: those that there are, and the pieces of each
+    pieces: int  # the dimension of the table
+
+
+def _sums_in_chains(
+    grad: Tensor, map: Tensor, mean: Tensor | None, chains: Chains
+) -> tuple[Tensor, Tensor]:
+    """sum(dy) and sum(dy * (x - mean)) of each channel; float64 [C], if it has pieces."""
+    size, strides, table, dimension = chains
+    channels, dtype = table[0] * table[1], torch.promote_types(map.dtype, torch.float32)
+    one = _vector(channels, 1.0, dtype)
+    if mean is None:
+        mean = _vector(channels, 0.0, dtype)
+    elif table[dimension] > 1:
+        mean = mean.unsqueeze(dimension).expand(table).reshape(-1)
+    map, grad = map.as_strided(size, strides), grad.as_strided(size, strides)
+    settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
+    _, second, first = _batch_norm_backward(grad, map, *settings)
+    if table[dimension] == 1:
+        return first, second
+    return tuple(each.view(table).sum(dimension, dtype=torch.float64) for each in (first, second))
+
+
+@functools.lru_cache(maxsize=256)
+def _chains(
+    shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term: int
+) -> Chains | None:
+    """Pieces of which the backward of torch's batch norm adds up so many terms one by one at most;
+    None if there are none.
     """
-    values = input.numel() // input.shape[1]
-    row = values // input.shape[0]
-    if row == 1 or not input.is_contiguous():  # a column; torch has a way of its own for others
-        return int(input.dim() == 4 and values <= longest)
-    if input.itemsize == 2:  # chains go on over all rows of a channel
-        return int(values <= longest * LANES)
-    least = -(-row // (longest * LANES))
-    return next((n for n in range(least, 8 * least) if row % n == 0), 0)
+    samples, channels, row = shape[0], shape[1], math.prod(shape[2:])
+    if is_contiguous and row > 1:
+        if bytes_of_term == 2:  # chains go on over all rows of a channel
+            pieces = int(samples * row <= longest * LANES)
+        else:
+            pieces = _divisor(row, -(-row // (longest * LANES)))
+        if not pieces:
+            return None
+        size = samples, channels * pieces, row // pieces
+        return Chains(size, (channels * row, row // pieces, 1), (channels, pieces), 1)
+    values = samples * row
+    pieces = _divisor(values, -(-values // longest))
+    width = channels * pieces
+    if not pieces or (pieces > 1 and width > MOST_CHAINS):
+        return None
+    size = 1, width, values // pieces, 1
+    return Chains(size, (values * channels, 1, width, width), (pieces, channels), 0)
+
+
+def _divisor(number: int, least: int) -> int:
+    """One that is not much larger than the least; or 0 if there is none."""
+    return next((n for n in range(least, 8 * least) if number % n == 0), 0)
 
 
 def _sum(map: Tensor) -> Tensor:
@@ -215,14 +264,22 @@ def _parts(shape: torch.Size, is_contiguous: bool) -> tuple[Any, ...]:
     samples, channels, row = shape[0], shape[1], math.prod(shape[2:])
     by_rows = is_contiguous and row > 1
     values = row if by_rows else samples * row
-    least = -(-values // LONGEST_PART)
-    parts = next((n for n in range(least, 8 * least) if values % n == 0), 1)
+    parts = _divisor(values, -(-values // LONGEST_PART)) or 1
     part = values // parts
     if by_rows:
         return (samples, channels, parts, part), (channels * row, row, part, 1), 3, (0, 2)
     if parts == 1:
         return (values, channels), (channels, 1), 0, ()
     return (parts, part, channels), (part * channels, channels, 1), 1, (0,)
+
+
+def _are_side_by_side(input: Tensor) -> bool:
+    """Whether channels are, in memory."""
+    return not input.is_contiguous() or input.numel() == input.shape[0] * input.shape[1]
+
+
+def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (input.dim() - 2))
 
 
 @functools.lru_cache(maxsize=128)

@@ -1,13 +1,17 @@
 """Mean and variance of the global batch, for the steps on a CPU."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from .reference import NOISE_OF_VARIANCE
 
 NEAR = 1.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
+
+
+def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
+    """Whether the means of all channels are near 0, by sum(x) and sum(x**2) of so many values."""
+    share = (1.0 + NEAR**-2) / max(values, 1.0)
+    return torch.addcmul(squares, total, total, value=-share).min().item() >= 0.0
 
 
 class Statistics:
@@ -17,29 +21,23 @@ class Statistics:
 
     def __init__(self, moments: Tensor) -> None:
         channels = moments.shape[0] // 2
-        self.moments = moments.clone()
         self.count = moments[-1].item()
         per_value = moments / max(self.count, 1.0)
         self.mean, squares = per_value[:channels], per_value[channels:-1]
         self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
-        spare = torch.addcmul(self.variance, self.mean, self.mean, value=-(NEAR**-2))
-        self.is_near = spare.min().item() >= 0.0
+        self.is_near = are_near(self.mean, squares, 1.0)
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}
 
-    @functools.cached_property
-    def _float32(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        high, variance = self.mean.float(), self.variance.float()
-        if self.is_near:
-            return None, high, variance
-        return high, (self.mean - high).float(), variance
-
-    def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
-        """What must be taken off the values first, if anything; the mean of what is left then; and
-        the variance. So float32 holds a mean that is far from 0.
+    def shift_and_rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """What must be taken off the values first, if anything, and the mean of what is left then,
+        float64. So float32 holds a mean that is far from 0.
         """
-        return self._float32 if dtype == torch.float32 else (None, self.mean, self.variance)
+        if self.is_near or dtype == torch.float64:
+            return None, self.mean
+        shift = self.mean.float()
+        return shift, self.mean - shift
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(variance + eps), float64."""
@@ -49,8 +47,11 @@ class Statistics:
 
 
 def statistics_of(moments: Tensor) -> Statistics:
-    """Those of moments, at which they are kept for the other steps of a layer."""
-    kept: Statistics | None = vars(moments).get("statistics")
-    if kept is None or not torch.equal(kept.moments, moments):  # no version tells of an all_reduce
-        kept = vars(moments)["statistics"] = Statistics(moments)
-    return kept
+    """Those of moments, from where `keep_statistics` has left them, if it has."""
+    return vars(moments).get("statistics") or Statistics(moments)
+
+
+def keep_statistics(moments: Tensor) -> Statistics:
+    """Those of moments, which do not change any more, kept there for the steps of backward."""
+    statistics = vars(moments)["statistics"] = Statistics(moments)
+    return statistics
