@@ -11,7 +11,7 @@ What is made on the way lies in buffers that a thread keeps: fresh pages cost mo
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +35,17 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
-    values = input.numel() // input.shape[1]
-    count = _vector(1, values, torch.float64)
-    total, squares = _sums(None, input, None)
-    if _dtype_of(input) == torch.float64 or are_near(total, squares, values):
-        return torch.cat((total, squares, count))
-    high = (total / values).float()
-    deviations, squares = _sums(None, input, high)
-    shift = high.double()
-    total = shift * values + deviations
-    return torch.cat((total, shift * (deviations + total) + squares, count))
+    values, dtype = input.numel() // input.shape[1], _dtype_of(input)
+    sums = _sums(None, input, None, dtype)
+    if dtype == torch.float32:
+        total, squares = sums[0], sums[1]
+        if not are_near(total, squares, values):
+            high = (total / values).float()
+            deviations, squares = _sums(None, input, high, dtype)
+            shift = high.double()
+            total = shift * values + deviations
+            sums = torch.stack((total, shift * (deviations + total) + squares))
+    return torch.cat((sums.view(-1), _vector(1, values, torch.float64)))
 
 
 def normalize(
@@ -82,14 +83,15 @@ def grad_moments(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
-    statistics = statistics_of(moments)
-    shift, rest = statistics.shift_and_rest(_dtype_of(input))
-    grads, products = _sums(grad_output, input, shift)
-    products = torch.addcmul(products, grads, rest, value=-1.0).mul_(statistics.rstd(eps))
+    statistics, dtype = statistics_of(moments), _dtype_of(input)
+    shift, rest = statistics.shift_and_rest(dtype)
+    sums = _sums(grad_output, input, shift, dtype)
+    grads, products = sums[0], sums[1]
+    products.addcmul_(grads, rest, value=-1.0).mul_(statistics.rstd(eps))
     return (
-        torch.cat((grads, products)),
-        input.new_empty(0) if weight_dtype is None else products.to(weight_dtype),
-        input.new_empty(0) if bias_dtype is None else grads.to(bias_dtype),
+        sums.view(-1),
+        input.new_empty(0) if weight_dtype is None else products.to(weight_dtype, copy=True),
+        input.new_empty(0) if bias_dtype is None else grads.to(bias_dtype, copy=True),
     )
 
 
@@ -161,11 +163,12 @@ def _batch_norm(
     return output
 
 
-def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (x - shift)) of each channel; without a dy it is x - shift itself."""
-    dtype, channels = _dtype_of(input), input.shape[1]
-    if input.numel() == 0:
-        return torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
+def _sums(
+    grad_output: Tensor | None, input: Tensor, shift: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """sum(dy) and sum(dy * (x - shift)) of each channel, float64 [2, C], with arithmetic of a
+    dtype; without a dy it is x - shift itself.
+    """
     of_moments = grad_output is None
     # torch's batch norm takes half precision as it is, if it takes all of it
     as_it_is = dtype == torch.float32 and (
@@ -173,104 +176,92 @@ def _sums(grad_output: Tensor | None, input: Tensor, shift: Tensor | None) -> tu
     )
     bytes_of_term = input.itemsize if as_it_is else dtype.itemsize
     longest = LONGEST_CHAIN[bytes_of_term][0 if of_moments else 1]
-    sums: Any = None
+    sums = None
     for values, grad in blocks(input, grad_output):
-        chains = _chains(values.shape, values.is_contiguous(), longest, bytes_of_term)
-        mean = None if of_moments or chains is None else shift  # taken off by torch's batch norm
-        deviations = values
-        if not as_it_is or chains is None:
-            deviations = wide(values, dtype, shift if mean is None else None)
-            grad = deviations if of_moments else wide(grad, dtype, None, 1)
-        if chains is not None:
-            first, second = _sums_in_chains(grad, deviations, mean, chains)
+        pieces = _pieces(values.shape, values.is_contiguous(), longest, bytes_of_term)
+        mean = None if of_moments or pieces.within else shift  # taken off by torch's batch norm
+        original = values
+        if pieces.within or not as_it_is:
+            values = wide(values, dtype, shift if mean is None else None)
+            grad = grad if of_moments else wide(grad, dtype, None, 1)
+        is_fresh = values is not original
+        values = values.as_strided(pieces.size, pieces.strides)
+        grad = values if of_moments else grad.as_strided(pieces.size, pieces.strides)
+        if pieces.within:
+            first = grad.sum(pieces.within)
+            target = values if is_fresh else buffer(values, dtype)
+            second = torch.mul(values, grad, out=target).sum(pieces.within)
         else:
-            target = buffer(values, dtype) if deviations is values else deviations
-            first, second = _sum(grad), _sum(torch.mul(deviations, grad, out=target))
-        if sums is not None:  # of several blocks, in float64
-            first, second = first + sums[0].double(), second + sums[1].double()
-        sums = first, second
-    return sums
+            first, second = _sums_in_chains(grad, values, mean, pieces, dtype)
+        pair = torch.stack((first, second)).view(2, *pieces.sums)
+        pair = pair.sum(pieces.between, dtype=torch.float64) if pieces.between else pair.double()
+        sums = pair if sums is None else sums.add_(pair)
+    return torch.zeros(2, input.shape[1], dtype=torch.float64) if sums is None else sums
 
 
-class Chains(NamedTuple):
-    """Memory as a map whose channels are pieces of those that there are."""
+class Pieces(NamedTuple):
+    """Memory of a map in pieces, of which each makes a sum."""
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
-    table: tuple[int, int]  # of its channels: those that there are, and the pieces of each
-    pieces: int  # the dimension of the table
+    within: tuple[int, ...]  # dimensions to sum over; none if torch's batch norm does it in chains
+    sums: tuple[int, ...]  # their size, with one dimension of channels
+    between: tuple[int, ...]  # dimensions of pairs of sums to sum over, after that of the pair
 
 
 def _sums_in_chains(
-    grad: Tensor, map: Tensor, mean: Tensor | None, chains: Chains
+    grad: Tensor, map: Tensor, mean: Tensor | None, pieces: Pieces, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (x - mean)) of each channel; float64 [C], if it has pieces."""
-    size, strides, table, dimension = chains
-    channels, dtype = table[0] * table[1], torch.promote_types(map.dtype, torch.float32)
+    """sum(dy) and sum(dy * (x - mean)) of each piece, which has a channel of its own."""
+    channels = map.shape[1]
     one = _vector(channels, 1.0, dtype)
     if mean is None:
         mean = _vector(channels, 0.0, dtype)
-    elif table[dimension] > 1:
-        mean = mean.unsqueeze(dimension).expand(table).reshape(-1)
-    map, grad = map.as_strided(size, strides), grad.as_strided(size, strides)
+    elif pieces.between:
+        mean = mean.unsqueeze(pieces.between[0] - 1).expand(pieces.sums).reshape(-1)
     settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
     _, second, first = _batch_norm_backward(grad, map, *settings)
-    if table[dimension] == 1:
-        return first, second
-    return tuple(each.view(table).sum(dimension, dtype=torch.float64) for each in (first, second))
+    return first, second
 
 
 @functools.lru_cache(maxsize=256)
-def _chains(
-    shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term: int
-) -> Chains | None:
-    """Pieces of which the backward of torch's batch norm adds up so many terms one by one at most;
-    None if there are none.
+def _pieces(shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term: int) -> Pieces:
+    """Those of which the backward of torch's batch norm adds up so many terms one by one at most,
+    if there are any.
     """
     samples, channels, row = shape[0], shape[1], math.prod(shape[2:])
-    if is_contiguous and row > 1:
-        if bytes_of_term == 2:  # chains go on over all rows of a channel
-            pieces = int(samples * row <= longest * LANES)
-        else:
-            pieces = _divisor(row, -(-row // (longest * LANES)))
-        if not pieces:
-            return None
-        size = samples, channels * pieces, row // pieces
-        return Chains(size, (channels * row, row // pieces, 1), (channels, pieces), 1)
     values = samples * row
-    pieces = _divisor(values, -(-values // longest))
-    width = channels * pieces
-    if not pieces or (pieces > 1 and width > MOST_CHAINS):
-        return None
-    size = 1, width, values // pieces, 1
-    return Chains(size, (values * channels, 1, width, width), (pieces, channels), 0)
+    if is_contiguous and row > 1:
+        number = _divisor(row, -(-row // (longest * LANES)))
+        if bytes_of_term == 2:  # chains go on over all rows of a channel
+            number = int(values <= longest * LANES)
+        width, part = channels * number, row // max(number, 1)
+        if number:
+            in_chains = (samples, width, part), (channels * row, part, 1), ()
+            return Pieces(*in_chains, *_between(channels, number, dimension=1))
+        number = _divisor(row, -(-row // LONGEST_PART)) or 1
+        part = row // number
+        size, strides = (samples, channels, number, part), (channels * row, row, part, 1)
+        return Pieces(size, strides, (3,), size[:3], (1, 3))
+    number = _divisor(values, -(-values // longest))
+    width, part = channels * number, values // max(number, 1)
+    if number == 1 or 0 < width <= MOST_CHAINS:
+        in_chains = (1, width, part, 1), (values * channels, 1, width, width), ()
+        return Pieces(*in_chains, *_between(number, channels, dimension=0))
+    number = _divisor(values, -(-values // LONGEST_PART)) or 1
+    part = values // number
+    size, strides = (number, part, channels), (part * channels, channels, 1)
+    return Pieces(size, strides, (1,), (number, channels), (1,))
+
+
+def _between(*sums: int, dimension: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The size of sums, and the dimension of a pair of them to sum over, if it is needed."""
+    return (sums, (1 + dimension,)) if sums[dimension] > 1 else ((sums[1 - dimension],), ())
 
 
 def _divisor(number: int, least: int) -> int:
     """One that is not much larger than the least; or 0 if there is none."""
     return next((n for n in range(least, 8 * least) if number % n == 0), 0)
-
-
-def _sum(map: Tensor) -> Tensor:
-    """Of each channel of a dense map; float64 [C], if there is more than one part."""
-    size, strides, within, between = _parts(map.shape, map.is_contiguous())
-    sums = map.as_strided(size, strides).sum(within)
-    return sums.sum(between, dtype=torch.float64) if between else sums
-
-
-@functools.lru_cache(maxsize=256)
-def _parts(shape: torch.Size, is_contiguous: bool) -> tuple[Any, ...]:
-    """Memory with each channel in parts: size, strides, dimensions within and between the parts."""
-    samples, channels, row = shape[0], shape[1], math.prod(shape[2:])
-    by_rows = is_contiguous and row > 1
-    values = row if by_rows else samples * row
-    parts = _divisor(values, -(-values // LONGEST_PART)) or 1
-    part = values // parts
-    if by_rows:
-        return (samples, channels, parts, part), (channels * row, row, part, 1), 3, (0, 2)
-    if parts == 1:
-        return (values, channels), (channels, 1), 0, ()
-    return (parts, part, channels), (part * channels, channels, 1), 1, (0,)
 
 
 def _are_side_by_side(input: Tensor) -> bool:

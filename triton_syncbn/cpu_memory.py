@@ -2,8 +2,9 @@
 keeps, as fresh pages cost more than the arithmetic.
 """
 
+import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ _kept = threading.local()  # the buffers of a thread, which is in one step at a 
 
 def wide(map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: int = 0) -> Tensor:
     """A map, less a shift of each channel, in the precision of the arithmetic."""
-    if shift is None and (map.dtype == dtype or dtype == torch.float64):
-        return map.to(dtype)
-    memory = buffer(map, dtype, index)
     if shift is None:
-        return memory.copy_(map)
+        if map.dtype == dtype:
+            return map
+        return map.to(dtype) if dtype == torch.float64 else buffer(map, dtype, index).copy_(map)
     shift = shift.view(-1, *[1] * (map.dim() - 2))
+    memory = buffer(map, dtype, index)
     if map.dtype == dtype:
         return torch.sub(map, shift, out=memory)
     return memory.copy_(map).sub_(shift)
@@ -29,19 +30,27 @@ def wide(map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: in
 
 def buffer(map: Tensor, dtype: torch.dtype, index: int = 0) -> Tensor:
     """Memory for a map, with whatever is in it."""
-    kept: dict[Any, Tensor | None] = vars(_kept)
-    memory, elements = kept.get((dtype, index)), map.numel()
-    if memory is None or memory.numel() < elements:
-        with torch.inference_mode(False):  # in which it may be made, and not be used afterwards
-            memory = torch.empty(elements, dtype=dtype, device="cpu")
-        kept[dtype, index] = memory if elements <= LARGEST_KEPT else None
-    return memory.as_strided(map.shape, map.stride())
+    kept: dict[Any, Any] = vars(_kept)
+    size, strides, elements = map.shape, map.stride(), map.numel()
+    view, capacity = kept.get((dtype, index), (None, -1))
+    if view is not None and view.shape == size and view.stride() == strides:
+        return view
+    with torch.inference_mode(False):  # in which it may be made, and not be used afterwards
+        if capacity < elements:
+            view, capacity = torch.empty(elements, dtype=dtype, device="cpu"), elements
+        view = view.as_strided(size, strides, 0)
+    if elements <= LARGEST_KEPT:
+        kept[dtype, index] = view, capacity
+    return view
 
 
-def blocks(input: Tensor, *others: Tensor | None) -> Iterable[Sequence[Any]]:
-    """Some samples of each map at a time."""
-    maps = [input, *(input if map is None else map for map in others)]
+def blocks(input: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """Some samples of each map at a time, or None for each."""
     samples, elements = input.shape[0], input.numel()
     if elements <= BLOCK or samples == 1:
-        return (maps,) if elements else ()
-    return zip(*(map.split(max(BLOCK * samples // elements, 1)) for map in maps), strict=True)
+        return ((input, *others),) if elements else ()
+    size = max(BLOCK * samples // elements, 1)
+    return zip(
+        *(itertools.repeat(None) if map is None else map.split(size) for map in (input, *others)),
+        strict=False,  # as nothing can be repeated without an end
+    )

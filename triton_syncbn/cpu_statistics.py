@@ -10,7 +10,7 @@ NEAR = 1.0  # |mean| in deviations up to which float32 loses no more to it than 
 
 def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
     """Whether the means of all channels are near 0, by sum(x) and sum(x**2) of so many values."""
-    share = (1.0 + NEAR**-2) / max(values, 1.0)
+    share = (1.0 + NEAR**-2) / values
     return torch.addcmul(squares, total, total, value=-share).min().item() >= 0.0
 
 
@@ -31,12 +31,12 @@ class Statistics:
         self._rstd: dict[float, Tensor] = {}
 
     def shift_and_rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-        """What must be taken off the values first, if anything, and the mean of what is left then,
-        float64. So float32 holds a mean that is far from 0.
+        """What must be taken off values of a dtype first, if anything, and the mean of what is left
+        then, float64. So float32 holds a mean that is far from 0.
         """
-        if self.is_near or dtype == torch.float64:
+        if self.is_near:
             return None, self.mean
-        shift = self.mean.float()
+        shift = self.mean.to(dtype)
         return shift, self.mean - shift
 
     def rstd(self, eps: float) -> Tensor:
@@ -52,6 +52,6 @@ def statistics_of(moments: Tensor) -> Statistics:
 
 
 def keep_statistics(moments: Tensor) -> Statistics:
-    """Those of moments, which do not change any more, kept there for the steps of backward."""
+    """Those of moments that do not change any more, kept there for the steps of backward."""
     statistics = vars(moments)["statistics"] = Statistics(moments)
     return statistics
