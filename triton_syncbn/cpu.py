@@ -2,55 +2,32 @@
 
 A small tensor takes as long as its operations are many; in float64 there are no more of them, and
 nothing cancels. A large one takes as long as its bytes travel. It stays in float32, which is as
-good but for two things. Where means are far from 0, in units of the deviation, sums and factors
-must be those of deviations from them. And the backward of torch's batch norm, which yields both
-sums of a step at once, adds up in chains, whose roundings add up, too: it is given a map in pieces,
-or, where they would have to be too short, `torch.sum` adds parts in a tree.
-What is made on the way lies in buffers that a thread keeps: fresh pages cost more than arithmetic.
-"""
+good if sums are formed with care (see cpu_sums.py) and if, where means are far from 0 in units of
+the deviation, deviations from them are what is added up and scaled.
 
-import functools
-import math
-from typing import NamedTuple
+Where moments are asked for, their statistics will do.
+"""
 
 import torch
 from torch import Tensor
 
-from .cpu_memory import blocks, buffer, wide
+from .cpu_memory import blocks, constant, wide
 from .cpu_statistics import Statistics, are_near, keep_statistics, statistics_of
+from .cpu_sums import add_up
 from .operands import NOT_TRACKED, RunningStatistics
 
 SMALL = 1 << 13  # elements up to which float64 costs nothing, as measured
-# Terms of a chain, for moments and for their gradients, by the bytes of a term. Terms of half
-# precision have so few digits that more are added up without a rounding, and products of gradients
-# have both signs; float64 has digits to spare, but not for moments, which cancel.
-LONGEST_CHAIN = {2: (64, 2048), 4: (32, 32), 8: (64, SMALL)}
-LANES = 16  # of a vector register: torch has a chain for each, along a row
-MOST_CHAINS = (
-    1 << 12
-)  # side by side, of channels that are: the sums of more leave the fastest cache
-LONGEST_PART = 256  # values that torch.sum adds up before the sums are added in float64
-_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
-    values, dtype = input.numel() // input.shape[1], _dtype_of(input)
-    sums = _sums(None, input, None, dtype)
-    if dtype == torch.float32:
-        total, squares = sums[0], sums[1]
-        if not are_near(total, squares, values):
-            high = (total / values).float()
-            deviations, squares = _sums(None, input, high, dtype)
-            shift = high.double()
-            total = shift * values + deviations
-            sums = torch.stack((total, shift * (deviations + total) + squares))
-    return torch.cat((sums.view(-1), _vector(1, values, torch.float64)))
+    values = input.numel() // input.shape[1]
+    return torch.cat((sums_of(input)[0], constant(1, values, torch.float64)))
 
 
 def normalize(
     input: Tensor,
-    moments: Tensor,
+    moments: Tensor | Statistics,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -77,15 +54,15 @@ def normalize(
 def grad_moments(
     grad_output: Tensor,
     input: Tensor,
-    moments: Tensor,
+    moments: Tensor | Statistics,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
-    statistics, dtype = statistics_of(moments), _dtype_of(input)
+    statistics, dtype = statistics_of(moments), dtype_of_arithmetic(input)
     shift, rest = statistics.shift_and_rest(dtype)
-    sums = _sums(grad_output, input, shift, dtype)
+    sums = add_up(grad_output, input, shift, dtype)
     grads, products = sums[0], sums[1]
     products.addcmul_(grads, rest, value=-1.0).mul_(statistics.rstd(eps))
     return (
@@ -98,7 +75,7 @@ def grad_moments(
 def grad_input(
     grad_output: Tensor,
     input: Tensor,
-    moments: Tensor,
+    moments: Tensor | Statistics,
     grad_moments: Tensor,
     weight: Tensor | None,
     eps: float,
@@ -112,8 +89,24 @@ def grad_input(
     return _batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
 
 
-def _dtype_of(input: Tensor) -> torch.dtype:
-    """Of the arithmetic."""
+def sums_of(input: Tensor) -> tuple[Tensor, bool | None]:
+    """sum(x) and sum(x**2) of each channel, float64 [2C]; whether means are near 0, if known."""
+    values, dtype = input.numel() // input.shape[1], dtype_of_arithmetic(input)
+    sums = add_up(None, input, None, dtype)
+    if dtype == torch.float64:
+        return sums.view(-1), None
+    total, squares = sums[0], sums[1]
+    if are_near(total, squares, values):
+        return sums.view(-1), True
+    high = (total / values).float()
+    deviations, squares = add_up(None, input, high, dtype)
+    shift = high.double()
+    total = shift * values + deviations
+    return torch.cat((total, shift * (deviations + total) + squares)), False
+
+
+def dtype_of_arithmetic(input: Tensor) -> torch.dtype:
+    """float64 where the input is, or small."""
     in_float32 = input.numel() > SMALL and input.dtype != torch.float64
     return torch.float32 if in_float32 else torch.float64
 
@@ -128,7 +121,7 @@ def _batch_norm(
     scale: Tensor | None = None,
 ) -> Tensor:
     """xhat * weight + bias, and + dy * scale if there is a dy; the other vectors are [C]."""
-    dtype = _dtype_of(input)
+    dtype = dtype_of_arithmetic(input)
     shift, rest = statistics.shift_and_rest(dtype)
     factor = statistics.rstd(eps)
     factor = factor if weight is None else factor * weight
@@ -143,7 +136,7 @@ def _batch_norm(
         factor, added = _per_channel(factor, input), _per_channel(added, input)
     else:
         zero, one, none = (
-            _vector(size, value, dtype)
+            constant(size, value, dtype)
             for size, value in ((input.shape[1], 0.0), (input.shape[1], 1.0), (0, 0.0))
         )
     if scale is not None:
@@ -163,107 +156,6 @@ def _batch_norm(
     return output
 
 
-def _sums(
-    grad_output: Tensor | None, input: Tensor, shift: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """sum(dy) and sum(dy * (x - shift)) of each channel, float64 [2, C], with arithmetic of a
-    dtype; without a dy it is x - shift itself.
-    """
-    of_moments = grad_output is None
-    # torch's batch norm takes half precision as it is, if it takes all of it
-    as_it_is = dtype == torch.float32 and (
-        shift is None if grad_output is None else grad_output.dtype == input.dtype
-    )
-    bytes_of_term = input.itemsize if as_it_is else dtype.itemsize
-    longest = LONGEST_CHAIN[bytes_of_term][0 if of_moments else 1]
-    sums = None
-    for values, grad in blocks(input, grad_output):
-        pieces = _pieces(values.shape, values.is_contiguous(), longest, bytes_of_term)
-        mean = None if of_moments or pieces.within else shift  # taken off by torch's batch norm
-        original = values
-        if pieces.within or not as_it_is:
-            values = wide(values, dtype, shift if mean is None else None)
-            grad = grad if of_moments else wide(grad, dtype, None, 1)
-        is_fresh = values is not original
-        values = values.as_strided(pieces.size, pieces.strides)
-        grad = values if of_moments else grad.as_strided(pieces.size, pieces.strides)
-        if pieces.within:
-            first = grad.sum(pieces.within)
-            target = values if is_fresh else buffer(values, dtype)
-            second = torch.mul(values, grad, out=target).sum(pieces.within)
-        else:
-            first, second = _sums_in_chains(grad, values, mean, pieces, dtype)
-        pair = torch.stack((first, second)).view(2, *pieces.sums)
-        pair = pair.sum(pieces.between, dtype=torch.float64) if pieces.between else pair.double()
-        sums = pair if sums is None else sums.add_(pair)
-    return torch.zeros(2, input.shape[1], dtype=torch.float64) if sums is None else sums
-
-
-class Pieces(NamedTuple):
-    """Memory of a map in pieces, of which each makes a sum."""
-
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-    within: tuple[int, ...]  # dimensions to sum over; none if torch's batch norm does it in chains
-    sums: tuple[int, ...]  # their size, with one dimension of channels
-    between: tuple[int, ...]  # dimensions of pairs of sums to sum over, after that of the pair
-
-
-def _sums_in_chains(
-    grad: Tensor, map: Tensor, mean: Tensor | None, pieces: Pieces, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (x - mean)) of each piece, which has a channel of its own."""
-    channels = map.shape[1]
-    one = _vector(channels, 1.0, dtype)
-    if mean is None:
-        mean = _vector(channels, 0.0, dtype)
-    elif pieces.between:
-        mean = mean.unsqueeze(pieces.between[0] - 1).expand(pieces.sums).reshape(-1)
-    settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
-    _, second, first = _batch_norm_backward(grad, map, *settings)
-    return first, second
-
-
-@functools.lru_cache(maxsize=256)
-def _pieces(shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term: int) -> Pieces:
-    """Those of which the backward of torch's batch norm adds up so many terms one by one at most,
-    if there are any.
-    """
-    samples, channels, row = shape[0], shape[1], math.prod(shape[2:])
-    values = samples * row
-    if is_contiguous and row > 1:
-        number = _divisor(row, -(-row // (longest * LANES)))
-        if bytes_of_term == 2:  # chains go on over all rows of a channel
-            number = int(values <= longest * LANES)
-        width, part = channels * number, row // max(number, 1)
-        if number:
-            in_chains = (samples, width, part), (channels * row, part, 1), ()
-            return Pieces(*in_chains, *_between(channels, number, dimension=1))
-        number = _divisor(row, -(-row // LONGEST_PART)) or 1
-        part = row // number
-        size, strides = (samples, channels, number, part), (channels * row, row, part, 1)
-        return Pieces(size, strides, (3,), size[:3], (1, 3))
-    number = _divisor(values, -(-values // longest))
-    width, part = channels * number, values // max(number, 1)
-    if number == 1 or 0 < width <= MOST_CHAINS:
-        in_chains = (1, width, part, 1), (values * channels, 1, width, width), ()
-        return Pieces(*in_chains, *_between(number, channels, dimension=0))
-    number = _divisor(values, -(-values // LONGEST_PART)) or 1
-    part = values // number
-    size, strides = (number, part, channels), (part * channels, channels, 1)
-    return Pieces(size, strides, (1,), (number, channels), (1,))
-
-
-def _between(*sums: int, dimension: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The size of sums, and the dimension of a pair of them to sum over, if it is needed."""
-    return (sums, (1 + dimension,)) if sums[dimension] > 1 else ((sums[1 - dimension],), ())
-
-
-def _divisor(number: int, least: int) -> int:
-    """One that is not much larger than the least; or 0 if there is none."""
-    return next((n for n in range(least, 8 * least) if number % n == 0), 0)
-
-
 def _are_side_by_side(input: Tensor) -> bool:
     """Whether channels are, in memory."""
     return not input.is_contiguous() or input.numel() == input.shape[0] * input.shape[1]
@@ -271,10 +163,3 @@ def _are_side_by_side(input: Tensor) -> bool:
 
 def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (input.dim() - 2))
-
-
-@functools.lru_cache(maxsize=128)
-def _vector(size: int, value: float, dtype: torch.dtype) -> Tensor:
-    """So many times a value, in a tensor that nobody changes."""
-    with torch.inference_mode(False):
-        return torch.full((size,), value, dtype=dtype, device="cpu")

@@ -1,57 +1,77 @@
-"""A layer of a process that is alone, on a CPU: where no sums travel between the steps, torch's own
-batch norm does those of a pass in one call. In float64, in which it is exact, that pays for small
-maps, of which a pass takes as long as its calls are many.
+"""A layer of a process that is alone, on a CPU: no sums travel between the steps of a pass.
+
+So they need no moments that others add to; and torch's own batch norm does a pass in one call. In
+float64, in which it is exact, that pays for small maps, of which a pass takes as long as its calls
+are many.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpu
+from .cpu_statistics import Statistics
 from .operands import RunningStatistics
 
-LARGEST = 1 << 16  # elements up to which float64 is faster than several calls, as measured
-_backward = torch.ops.aten.native_batch_norm_backward.default
+LARGEST = 1 << 16  # elements up to which torch's batch norm in float64 is faster, as measured
+_native_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-def takes(input: Tensor) -> bool:
-    """Whether a dense map is small enough, and of a layout that torch's batch norm keeps."""
-    return 0 < input.numel() <= LARGEST and (input.dim() == 4 or input.is_contiguous())
-
-
-def normalize(
+def forward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     running: RunningStatistics,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, with the running statistics moved; mean and 1 / sqrt(variance + eps), float64."""
+) -> tuple[Tensor, Any]:
+    """The output, with the running statistics moved; and the statistics, for `backward`."""
+    if not _takes(input):
+        values = input.numel() // input.shape[1]
+        sums, is_near = cpu.sums_of(input)
+        of_batch = Statistics(sums / max(values, 1), values, is_near)
+        output = cpu.normalize(input, of_batch, weight, bias, eps=eps, running=running)
+        return output, of_batch
     mean, var, num_batches_tracked, momentum = running
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / max(num_batches_tracked.item(), 1.0)
-    wide = [None if vector is None else vector.double() for vector in (weight, bias, mean, var)]
-    output, *statistics = torch.native_batch_norm(input.double(), *wide, True, momentum or 0.0, eps)
-    for narrow, moved in zip((mean, var), wide[2:], strict=True):
-        if narrow is not moved and narrow is not None:
-            narrow.copy_(moved)
-    return output.to(input.dtype), *statistics
+    vectors = [None if vector is None else vector.double() for vector in (weight, bias, mean, var)]
+    settings: Any = *vectors, True, momentum or 0.0, eps
+    output, *statistics = torch.native_batch_norm(input.double(), *settings)
+    for buffer, moved in zip((mean, var), vectors[2:], strict=True):
+        if buffer is not None and moved is not None:
+            buffer.copy_(moved)
+    return output.to(input.dtype), statistics
 
 
-def gradients(
+def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dtypes: tuple[torch.dtype | None, ...],
+    statistics: Any,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     eps: float,
 ) -> tuple[Tensor | None, ...]:
-    """Those of input, weight and bias in their dtypes; None for one without a dtype."""
-    wide = None if weight is None else weight.double()
-    settings = wide, None, None, mean, rstd, True, eps, [dtype is not None for dtype in dtypes]
-    gradients = _backward(grad_output.double(), input.double(), *settings)
+    """Gradients of input, weight and bias in their dtypes; None for one without a dtype."""
+    if isinstance(statistics, Statistics):
+        sums, *of_parameters = cpu.grad_moments(
+            grad_output, input, statistics, dtypes[1], dtypes[2], eps
+        )
+        of_input = None
+        if dtypes[0] is not None:
+            of_input = cpu.grad_input(grad_output, input, statistics, sums, weight, eps)
+        return of_input, *of_parameters
+    wanted = [dtype is not None for dtype in dtypes]
+    settings = weight if weight is None else weight.double(), None, None, *statistics, True, eps
+    gradients = _native_backward(grad_output.double(), input.double(), *settings, wanted)
     return tuple(
         None if dtype is None else gradient.to(dtype)
         for gradient, dtype in zip(gradients, dtypes, strict=True)
     )
+
+
+def _takes(input: Tensor) -> bool:
+    """Whether torch's batch norm takes it whole: it keeps these layouts."""
+    return 0 < input.numel() <= LARGEST and (input.dim() == 4 or input.is_contiguous())

@@ -15,17 +15,16 @@ def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
 
 
 class Statistics:
-    """Of each channel, from the moments: mean and variance in float64; the count; and whether all
-    means are near 0.
+    """Of each channel, in float64: mean and variance, from means of x and of x**2, [2C] and what is
+    after them; the count; and whether all means are near 0, if that is not known.
     """
 
-    def __init__(self, moments: Tensor) -> None:
-        channels = moments.shape[0] // 2
-        self.count = moments[-1].item()
-        per_value = moments / max(self.count, 1.0)
-        self.mean, squares = per_value[:channels], per_value[channels:-1]
+    def __init__(self, means: Tensor, count: float, is_near: bool | None = None) -> None:
+        channels = means.shape[0] // 2
+        self.count = count
+        self.mean, squares = means[:channels], means[channels : 2 * channels]
         self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
-        self.is_near = are_near(self.mean, squares, 1.0)
+        self.is_near = are_near(self.mean, squares, 1.0) if is_near is None else is_near
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}
@@ -46,12 +45,21 @@ class Statistics:
         return self._rstd[eps]
 
 
-def statistics_of(moments: Tensor) -> Statistics:
+def statistics_of(moments: Tensor | Statistics) -> Statistics:
     """Those of moments, from where `keep_statistics` has left them, if it has."""
-    return vars(moments).get("statistics") or Statistics(moments)
+    if isinstance(moments, Statistics):
+        return moments
+    kept: Statistics | None = vars(moments).get("statistics")
+    if kept is not None:
+        return kept
+    count = moments[-1].item()
+    return Statistics(moments / max(count, 1.0), count)
 
 
-def keep_statistics(moments: Tensor) -> Statistics:
-    """Those of moments that do not change any more, kept there for the steps of backward."""
-    statistics = vars(moments)["statistics"] = Statistics(moments)
+def keep_statistics(moments: Tensor | Statistics) -> Statistics:
+    """Those of moments, kept there for the steps of backward: they do not change any more."""
+    vars(moments).pop("statistics", None)
+    statistics = statistics_of(moments)
+    if isinstance(moments, Tensor):
+        vars(moments)["statistics"] = statistics
     return statistics

@@ -68,13 +68,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
             and setting.group is None
             and setting.is_of_layer_alone
             and steps.moments is cpu.moments
-            and cpu_one_process.takes(dense)
         )
         if ctx.is_of_one_process:
-            output, mean, rstd = cpu_one_process.normalize(
-                dense, weight, bias, setting.eps, ops.unless_again(running)
+            running = ops.unless_again(running)
+            output, ctx.statistics = cpu_one_process.forward(
+                dense, weight, bias, setting.eps, running
             )
-            ctx.save_for_backward(input, weight, mean, rstd)
+            ctx.save_for_backward(input, weight, None)
             ctx.names = ()
             return output
         moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
@@ -95,7 +95,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             if ctx.is_of_one_process:
-                moments, others = _moments_again(input), []
+                moments = _moments_again(input)
             gradients = _differentiable_gradients(ctx, grad_output, input, weight, moments, others)
             return *gradients, *[None] * (len(needed) - 4)
         setting: Setting = ctx.setting
@@ -112,12 +112,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if ctx.is_of_one_process:
             if steps is not ops.OPERATORS:
                 dtypes = input.dtype if needs_input else None, weight_dtype, bias_dtype
-                statistics = moments, *others
-                gradients = cpu_one_process.gradients(
-                    grad_output, input, weight, *statistics, dtypes, setting.eps
+                of_one = cpu_one_process.backward(
+                    grad_output, input, weight, ctx.statistics, dtypes, setting.eps
                 )
-                return *gradients, *[None] * (len(needed) - 3)
-            moments, others = _moments_again(input), []
+                return *of_one, *[None] * (len(needed) - 3)
+            moments = _moments_again(input)
         grad_input = None
         if others:
             saved = dict(zip(ctx.names, others, strict=True))
