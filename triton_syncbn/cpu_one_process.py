@@ -5,6 +5,7 @@ float64, in which it is exact, that pays for small maps, of which a pass takes a
 are many.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ def forward(
     bias: Tensor | None,
     eps: float,
     running: RunningStatistics,
-) -> tuple[Tensor, Any]:
-    """The output, with the running statistics moved; and the statistics, for `backward`."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output, with the running statistics moved; and what `backward` needs, float64 [2C]."""
     if not _takes(input):
         values = input.numel() // input.shape[1]
         sums, is_near = cpu.sums_of(input)
-        of_batch = Statistics(sums / max(values, 1), values, is_near)
-        output = cpu.normalize(input, of_batch, weight, bias, eps=eps, running=running)
-        return output, of_batch
+        means = sums / max(values, 1)
+        statistics = vars(means)["statistics"] = Statistics(means, values, is_near)
+        output = cpu.normalize(input, statistics, weight, bias, eps=eps, running=running)
+        return output, (means,)
     mean, var, num_batches_tracked, momentum = running
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -39,32 +41,36 @@ def forward(
             momentum = 1.0 / max(num_batches_tracked.item(), 1.0)
     vectors = [None if vector is None else vector.double() for vector in (weight, bias, mean, var)]
     settings: Any = *vectors, True, momentum or 0.0, eps
-    output, *statistics = torch.native_batch_norm(input.double(), *settings)
+    output, *mean_and_rstd = torch.native_batch_norm(input.double(), *settings)
     for buffer, moved in zip((mean, var), vectors[2:], strict=True):
         if buffer is not None and moved is not None:
             buffer.copy_(moved)
-    return output.to(input.dtype), statistics
+    return output.to(input.dtype), tuple(mean_and_rstd)
 
 
 def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    statistics: Any,
+    saved: Sequence[Tensor],
     dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     eps: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias in their dtypes; None for one without a dtype."""
-    if isinstance(statistics, Statistics):
-        sums, *of_parameters = cpu.grad_moments(
+    wanted = [dtype is not None for dtype in dtypes]
+    if len(saved) == 1:
+        statistics = vars(saved[0]).get("statistics")  # a hook may have saved a copy, without
+        if statistics is None:
+            statistics = Statistics(saved[0], input.numel() // input.shape[1])
+        sums, *gradients = cpu.grad_moments(
             grad_output, input, statistics, dtypes[1], dtypes[2], eps
         )
         of_input = None
-        if dtypes[0] is not None:
+        if wanted[0]:
             of_input = cpu.grad_input(grad_output, input, statistics, sums, weight, eps)
-        return of_input, *of_parameters
-    wanted = [dtype is not None for dtype in dtypes]
-    settings = weight if weight is None else weight.double(), None, None, *statistics, True, eps
+        of_weight, of_bias = (gradients[i] if wanted[i + 1] else None for i in range(2))
+        return of_input, of_weight, of_bias
+    settings = weight if weight is None else weight.double(), None, None, *saved, True, eps
     gradients = _native_backward(grad_output.double(), input.double(), *settings, wanted)
     return tuple(
         None if dtype is None else gradient.to(dtype)

@@ -71,10 +71,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
         if ctx.is_of_one_process:
             running = ops.unless_again(running)
-            output, ctx.statistics = cpu_one_process.forward(
-                dense, weight, bias, setting.eps, running
-            )
-            ctx.save_for_backward(input, weight, None)
+            output, of_batch = cpu_one_process.forward(dense, weight, bias, setting.eps, running)
+            ctx.save_for_backward(input, weight, None, *of_batch)
             ctx.names = ()
             return output
         moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
@@ -95,7 +93,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             if ctx.is_of_one_process:
-                moments = _moments_again(input)
+                moments, others = _moments_again(input), []
             gradients = _differentiable_gradients(ctx, grad_output, input, weight, moments, others)
             return *gradients, *[None] * (len(needed) - 4)
         setting: Setting = ctx.setting
@@ -113,10 +111,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
             if steps is not ops.OPERATORS:
                 dtypes = input.dtype if needs_input else None, weight_dtype, bias_dtype
                 of_one = cpu_one_process.backward(
-                    grad_output, input, weight, ctx.statistics, dtypes, setting.eps
+                    grad_output, input, weight, others, dtypes, setting.eps
                 )
                 return *of_one, *[None] * (len(needed) - 3)
-            moments = _moments_again(input)
+            moments, others = _moments_again(input), []
         grad_input = None
         if others:
             saved = dict(zip(ctx.names, others, strict=True))
