@@ -11,18 +11,18 @@ Where moments are asked for, their statistics will do.
 import torch
 from torch import Tensor
 
+from . import cpu_small
 from .cpu_memory import blocks, constant, wide
 from .cpu_statistics import Statistics, are_near, keep_statistics, statistics_of
 from .cpu_sums import add_up
 from .operands import NOT_TRACKED, RunningStatistics
 
-SMALL = 1 << 13  # elements up to which float64 costs nothing, as measured
-
 
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
     values = input.numel() // input.shape[1]
-    return torch.cat((sums_of(input)[0], constant(1, values, torch.float64)))
+    total, squares, _ = sums_of(input)
+    return torch.cat((total, squares, constant(1, values, torch.float64)))
 
 
 def normalize(
@@ -48,7 +48,8 @@ def normalize(
             kept = 1.0 - momentum  # added in float64, which is rounded once
             torch.add(statistics.mean * momentum, running_mean, alpha=kept, out=running_mean)
             torch.add(statistics.variance * unbiased, running_var, alpha=kept, out=running_var)
-    return _batch_norm(input, statistics, weight, bias, eps)
+    batch_norm = cpu_small.batch_norm if cpu_small.is_small(input) else _batch_norm
+    return batch_norm(input, statistics, weight, bias, eps)
 
 
 def grad_moments(
@@ -60,15 +61,19 @@ def grad_moments(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
-    statistics, dtype = statistics_of(moments), dtype_of_arithmetic(input)
-    shift, rest = statistics.shift_and_rest(dtype)
-    sums = add_up(grad_output, input, shift, dtype)
-    grads, products = sums[0], sums[1]
-    products.addcmul_(grads, rest, value=-1.0).mul_(statistics.rstd(eps))
+    statistics = statistics_of(moments)
+    if cpu_small.is_small(input):
+        grads, products = cpu_small.sums(grad_output, input, statistics.mean)
+    else:
+        dtype = _dtype_of(input)
+        shift, rest = statistics.shift_and_rest(dtype)
+        grads, products = add_up(grad_output, input, shift, dtype)
+        products = torch.addcmul(products, grads, rest, value=-1.0)
+    products = products * statistics.rstd(eps)
     return (
-        sums.view(-1),
-        input.new_empty(0) if weight_dtype is None else products.to(weight_dtype, copy=True),
-        input.new_empty(0) if bias_dtype is None else grads.to(bias_dtype, copy=True),
+        torch.cat((grads, products)),
+        input.new_empty(0) if weight_dtype is None else products.to(weight_dtype),
+        input.new_empty(0) if bias_dtype is None else grads.to(bias_dtype),
     )
 
 
@@ -86,29 +91,30 @@ def grad_input(
     if weight is not None:
         scale = scale * weight
     grad_mean, slope = grad_moments.view(2, -1) * (scale * (-1.0 / max(statistics.count, 1.0)))
-    return _batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
+    batch_norm = cpu_small.batch_norm if cpu_small.is_small(input) else _batch_norm
+    return batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
 
 
-def sums_of(input: Tensor) -> tuple[Tensor, bool | None]:
-    """sum(x) and sum(x**2) of each channel, float64 [2C]; whether means are near 0, if known."""
-    values, dtype = input.numel() // input.shape[1], dtype_of_arithmetic(input)
-    sums = add_up(None, input, None, dtype)
+def sums_of(input: Tensor) -> tuple[Tensor, Tensor, bool | None]:
+    """sum(x) and sum(x**2) of each channel, float64 [C]; whether means are near 0, if known."""
+    if cpu_small.is_small(input):
+        return *cpu_small.sums(None, input, None), None
+    values, dtype = input.numel() // input.shape[1], _dtype_of(input)
+    total, squares = add_up(None, input, None, dtype)
     if dtype == torch.float64:
-        return sums.view(-1), None
-    total, squares = sums[0], sums[1]
-    if are_near(total, squares, values):
-        return sums.view(-1), True
+        return total, squares, None
+    if are_near(total, squares, max(values, 1)):
+        return total, squares, True
     high = (total / values).float()
     deviations, squares = add_up(None, input, high, dtype)
     shift = high.double()
     total = shift * values + deviations
-    return torch.cat((total, shift * (deviations + total) + squares)), False
+    return total, shift * (deviations + total) + squares, False
 
 
-def dtype_of_arithmetic(input: Tensor) -> torch.dtype:
-    """float64 where the input is, or small."""
-    in_float32 = input.numel() > SMALL and input.dtype != torch.float64
-    return torch.float32 if in_float32 else torch.float64
+def _dtype_of(input: Tensor) -> torch.dtype:
+    """Of the arithmetic."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _batch_norm(
@@ -121,7 +127,7 @@ def _batch_norm(
     scale: Tensor | None = None,
 ) -> Tensor:
     """xhat * weight + bias, and + dy * scale if there is a dy; the other vectors are [C]."""
-    dtype = dtype_of_arithmetic(input)
+    dtype = _dtype_of(input)
     shift, rest = statistics.shift_and_rest(dtype)
     factor = statistics.rstd(eps)
     factor = factor if weight is None else factor * weight

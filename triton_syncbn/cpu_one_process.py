@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .cpu_small import is_small
 from .cpu_statistics import Statistics
 from .operands import RunningStatistics
 
@@ -27,13 +28,13 @@ def forward(
     running: RunningStatistics,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, with the running statistics moved; and what `backward` needs, float64 [2C]."""
-    if not _takes(input):
+    if not is_small(input, LARGEST):
         values = input.numel() // input.shape[1]
-        sums, is_near = cpu.sums_of(input)
-        means = sums / max(values, 1)
-        statistics = vars(means)["statistics"] = Statistics(means, values, is_near)
+        total, squares, is_near = cpu.sums_of(input)
+        mean, squares = total / max(values, 1), squares / max(values, 1)
+        statistics = vars(mean)["statistics"] = Statistics(mean, squares, values, is_near)
         output = cpu.normalize(input, statistics, weight, bias, eps=eps, running=running)
-        return output, (means,)
+        return output, (mean, squares)
     mean, var, num_batches_tracked, momentum = running
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -58,10 +59,10 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias in their dtypes; None for one without a dtype."""
     wanted = [dtype is not None for dtype in dtypes]
-    if len(saved) == 1:
+    if not is_small(input, LARGEST):
         statistics = vars(saved[0]).get("statistics")  # a hook may have saved a copy, without
         if statistics is None:
-            statistics = Statistics(saved[0], input.numel() // input.shape[1])
+            statistics = Statistics(saved[0], saved[1], input.numel() // input.shape[1])
         sums, *gradients = cpu.grad_moments(
             grad_output, input, statistics, dtypes[1], dtypes[2], eps
         )
@@ -76,8 +77,3 @@ def backward(
         None if dtype is None else gradient.to(dtype)
         for gradient, dtype in zip(gradients, dtypes, strict=True)
     )
-
-
-def _takes(input: Tensor) -> bool:
-    """Whether torch's batch norm takes it whole: it keeps these layouts."""
-    return 0 < input.numel() <= LARGEST and (input.dim() == 4 or input.is_contiguous())

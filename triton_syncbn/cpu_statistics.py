@@ -15,16 +15,16 @@ def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
 
 
 class Statistics:
-    """Of each channel, in float64: mean and variance, from means of x and of x**2, [2C] and what is
-    after them; the count; and whether all means are near 0, if that is not known.
+    """Of each channel, in float64: mean and variance, from the means of x and of x**2; the count;
+    and whether all means are near 0, if that is not known.
     """
 
-    def __init__(self, means: Tensor, count: float, is_near: bool | None = None) -> None:
-        channels = means.shape[0] // 2
-        self.count = count
-        self.mean, squares = means[:channels], means[channels : 2 * channels]
-        self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
-        self.is_near = are_near(self.mean, squares, 1.0) if is_near is None else is_near
+    def __init__(
+        self, mean: Tensor, squares: Tensor, count: float, is_near: bool | None = None
+    ) -> None:
+        self.mean, self.count = mean, count
+        self.variance = torch.addcmul(squares, mean, mean, value=-1.0)
+        self.is_near = are_near(mean, squares, 1.0) if is_near is None else is_near
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}
@@ -52,8 +52,9 @@ def statistics_of(moments: Tensor | Statistics) -> Statistics:
     kept: Statistics | None = vars(moments).get("statistics")
     if kept is not None:
         return kept
-    count = moments[-1].item()
-    return Statistics(moments / max(count, 1.0), count)
+    channels, count = moments.shape[0] // 2, moments[-1].item()
+    means = moments / max(count, 1.0)
+    return Statistics(means[:channels], means[channels:-1], count)
 
 
 def keep_statistics(moments: Tensor | Statistics) -> Statistics:

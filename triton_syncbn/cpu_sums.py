@@ -26,9 +26,9 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 def add_up(
     grad_output: Tensor | None, input: Tensor, shift: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """sum(dy) and sum(dy * (x - shift)) of each channel, float64 [2, C], with arithmetic of a
-    dtype; without a dy it is x - shift itself.
+) -> tuple[Tensor, Tensor]:
+    """sum(dy) and sum(dy * (x - shift)) of each channel, float64 [C], with arithmetic of a dtype;
+    without a dy it is x - shift itself.
     """
     of_moments = grad_output is None
     # torch's batch norm takes half precision as it is, if it takes all of it
@@ -54,10 +54,18 @@ def add_up(
             second = torch.mul(values, grad, out=target).sum(pieces.within)
         else:
             first, second = _sums_in_chains(grad, values, mean, pieces, dtype)
-        pair = torch.stack((first, second)).view(2, *pieces.sums)
-        pair = pair.sum(pieces.between, dtype=torch.float64) if pieces.between else pair.double()
-        sums = pair if sums is None else sums.add_(pair)
-    return torch.zeros(2, input.shape[1], dtype=torch.float64) if sums is None else sums
+        if pieces.between:
+            first, second = (
+                each.view(pieces.sums).sum(pieces.between, dtype=torch.float64)
+                for each in (first, second)
+            )
+        if sums is not None:
+            first, second = sums[0] + first, sums[1] + second
+        sums = first.double(), second.double()
+    if sums is None:
+        zero = torch.zeros(input.shape[1], dtype=torch.float64)
+        return zero, zero
+    return sums
 
 
 class Pieces(NamedTuple):
@@ -67,7 +75,7 @@ class Pieces(NamedTuple):
     strides: tuple[int, ...]
     within: tuple[int, ...]  # dimensions to sum over; none if torch's batch norm does it in chains
     sums: tuple[int, ...]  # their size, with one dimension of channels
-    between: tuple[int, ...]  # dimensions of pairs of sums to sum over, after that of the pair
+    between: tuple[int, ...]  # their dimensions to sum over
 
 
 def _sums_in_chains(
@@ -79,7 +87,7 @@ def _sums_in_chains(
     if mean is None:
         mean = constant(channels, 0.0, dtype)
     elif pieces.between:
-        mean = mean.unsqueeze(pieces.between[0] - 1).expand(pieces.sums).reshape(-1)
+        mean = mean.unsqueeze(pieces.between[0]).expand(pieces.sums).reshape(-1)
     settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
     _, second, first = _batch_norm_backward(grad, map, *settings)
     return first, second
@@ -102,22 +110,22 @@ def _pieces(shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term:
             chains = (samples, channels * number, part), (channels * row, part, 1)
             if number == 1:
                 return Pieces(*chains, (), (channels,), ())
-            return Pieces(*chains, (), (channels, number), (2,))
+            return Pieces(*chains, (), (channels, number), (1,))
         number = _divisor(row, LONGEST_PART) or 1
         part = row // number
         rows = (samples, channels, number, part), (channels * row, row, part, 1)
-        return Pieces(*rows, (3,), (samples, channels, number), (1, 3))
+        return Pieces(*rows, (3,), (samples, channels, number), (0, 2))
     number = _divisor(values, longest)
     width = channels * number
     if number == 1 or 0 < width <= MOST_CHAINS:
         columns = (1, width, values // number, 1), (values * channels, 1, width, width)
         if number == 1:
             return Pieces(*columns, (), (channels,), ())
-        return Pieces(*columns, (), (number, channels), (1,))
+        return Pieces(*columns, (), (number, channels), (0,))
     number = _divisor(values, LONGEST_PART) or 1
     part = values // number
     parts = (number, part, channels), (part * channels, channels, 1)
-    return Pieces(*parts, (1,), (number, channels), (1,))
+    return Pieces(*parts, (1,), (number, channels), (0,))
 
 
 def _divisor(number: int, most: int) -> int:

@@ -10,7 +10,7 @@ from tests.support import blocks, oracle
 from tests.support.exactness import NOISE, faults
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import EPS, run_steps
-from triton_syncbn import SyncBN, cpu, cpu_memory, cpu_statistics, ops, reference
+from triton_syncbn import SyncBN, cpu, cpu_memory, cpu_small, cpu_statistics, ops, reference
 from triton_syncbn.operands import RunningStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -28,7 +28,7 @@ SMALLEST_BLOCK = (
 @pytest.fixture(params=["small", "large"], autouse=True)
 def way(request, monkeypatch):
     """How tensors are treated, whatever their size."""
-    monkeypatch.setattr(cpu, "SMALL", 1 << 62 if request.param == "small" else 0)
+    monkeypatch.setattr(cpu_small, "LARGEST", 1 << 62 if request.param == "small" else 0)
     monkeypatch.setattr(cpu_memory, "BLOCK", SMALLEST_BLOCK)
     return request.param
 
