@@ -4,8 +4,6 @@ A small tensor takes as long as its operations are many; in float64 there are no
 nothing cancels. A large one takes as long as its bytes travel. It stays in float32, which is as
 good if sums are formed with care (see cpu_sums.py) and if, where means are far from 0 in units of
 the deviation, deviations from them are what is added up and scaled.
-
-Where moments are asked for, their statistics will do.
 """
 
 import torch
@@ -20,14 +18,23 @@ from .operands import NOT_TRACKED, RunningStatistics
 
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
-    values = input.numel() // input.shape[1]
-    total, squares, _ = sums_of(input)
+    values, dtype = input.numel() // input.shape[1], _dtype_of(input)
+    if cpu_small.is_small(input):
+        total, squares = cpu_small.sums(None, input, None)
+    else:
+        total, squares = add_up(None, input, None, dtype)
+        if dtype == torch.float32 and not are_near(total, squares, max(values, 1)):
+            high = (total / values).float()
+            deviations, squares = add_up(None, input, high, dtype)
+            shift = high.double()
+            total = shift * values + deviations
+            squares = squares + shift * (deviations + total)
     return torch.cat((total, squares, constant(1, values, torch.float64)))
 
 
 def normalize(
     input: Tensor,
-    moments: Tensor | Statistics,
+    moments: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
@@ -55,7 +62,7 @@ def normalize(
 def grad_moments(
     grad_output: Tensor,
     input: Tensor,
-    moments: Tensor | Statistics,
+    moments: Tensor,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     eps: float,
@@ -80,7 +87,7 @@ def grad_moments(
 def grad_input(
     grad_output: Tensor,
     input: Tensor,
-    moments: Tensor | Statistics,
+    moments: Tensor,
     grad_moments: Tensor,
     weight: Tensor | None,
     eps: float,
@@ -93,23 +100,6 @@ def grad_input(
     grad_mean, slope = grad_moments.view(2, -1) * (scale * (-1.0 / max(statistics.count, 1.0)))
     batch_norm = cpu_small.batch_norm if cpu_small.is_small(input) else _batch_norm
     return batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
-
-
-def sums_of(input: Tensor) -> tuple[Tensor, Tensor, bool | None]:
-    """sum(x) and sum(x**2) of each channel, float64 [C]; whether means are near 0, if known."""
-    if cpu_small.is_small(input):
-        return *cpu_small.sums(None, input, None), None
-    values, dtype = input.numel() // input.shape[1], _dtype_of(input)
-    total, squares = add_up(None, input, None, dtype)
-    if dtype == torch.float64:
-        return total, squares, None
-    if are_near(total, squares, max(values, 1)):
-        return total, squares, True
-    high = (total / values).float()
-    deviations, squares = add_up(None, input, high, dtype)
-    shift = high.double()
-    total = shift * values + deviations
-    return total, shift * (deviations + total) + squares, False
 
 
 def _dtype_of(input: Tensor) -> torch.dtype:

@@ -1,9 +1,11 @@
-"""Small maps on a CPU, in float64, in as few calls as there can be: they take the time of a step.
+"""Small maps on a CPU, in as few calls as there can be, which take the time of a step.
 
-Torch's batch norm in float64 is exact, takes a map whole, and keeps its layout if that is
-contiguous, or of four dimensions.
+Torch's batch norm is exact in float64, and keeps a layout that is contiguous, or of four
+dimensions. To a process that is alone, where no sums travel between the steps, it does a pass in
+one call.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +13,19 @@ from torch import Tensor
 
 from .cpu_memory import constant
 from .cpu_statistics import Statistics
+from .operands import RunningStatistics
 
-LARGEST = 1 << 13  # elements up to which float64 costs nothing, as measured
+# Elements up to which float64 costs less than the calls that are saved, as measured.
+LARGEST = 1 << 13
+LARGEST_IN_ONE_CALL = 1 << 16
 LONGEST_ROW = 1 << 10  # of values of which torch's batch norm adds up 64 one by one: squares cancel
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-def is_small(input: Tensor, largest: int | None = None) -> bool:
+def is_small(input: Tensor, in_one_call: bool = False) -> bool:
     """Whether a dense map is, and torch's batch norm keeps its layout."""
-    if not 0 < input.numel() <= (largest or LARGEST):
-        return False
-    return input.dim() == 4 or input.is_contiguous()
+    largest = LARGEST_IN_ONE_CALL if in_one_call else LARGEST
+    return 0 < input.numel() <= largest and (input.dim() == 4 or input.is_contiguous())
 
 
 def sums(grad_output: Tensor | None, input: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,3 +62,47 @@ def batch_norm(
     if grad_output is not None and scale is not None:
         output.addcmul_(grad_output.double(), scale.view(-1, *[1] * (input.dim() - 2)))
     return output.to(input.dtype)
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: RunningStatistics,
+) -> tuple[Tensor, ...]:
+    """Of a process that is alone: the output; and mean and rstd, float64 [C]. Moves the running
+    statistics.
+    """
+    mean, var, num_batches_tracked, momentum = running
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / max(num_batches_tracked.item(), 1.0)
+    vectors = [None if vector is None else vector.double() for vector in (weight, bias, mean, var)]
+    settings: Any = *vectors, True, momentum or 0.0, eps
+    output, *statistics = torch.native_batch_norm(input.double(), *settings)
+    for buffer, moved in zip((mean, var), vectors[2:], strict=True):
+        if buffer is not None and moved is not None:
+            buffer.copy_(moved)
+    return output.to(input.dtype), *statistics
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean_and_rstd: Sequence[Tensor],
+    eps: float,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """Gradients of input, weight and bias in these dtypes; None for one without."""
+    vectors = None if weight is None else weight.double(), None, None, *mean_and_rstd
+    wanted = [dtype is not None for dtype in dtypes]
+    gradients = _batch_norm_backward(
+        grad_output.double(), input.double(), *vectors, True, eps, wanted
+    )
+    return [
+        None if dtype is None else gradient.to(dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    ]

@@ -15,16 +15,17 @@ def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
 
 
 class Statistics:
-    """Of each channel, in float64: mean and variance, from the means of x and of x**2; the count;
-    and whether all means are near 0, if that is not known.
+    """Of each channel, from the moments: mean and variance in float64; the count; and whether all
+    means are near 0.
     """
 
-    def __init__(
-        self, mean: Tensor, squares: Tensor, count: float, is_near: bool | None = None
-    ) -> None:
-        self.mean, self.count = mean, count
-        self.variance = torch.addcmul(squares, mean, mean, value=-1.0)
-        self.is_near = are_near(mean, squares, 1.0) if is_near is None else is_near
+    def __init__(self, moments: Tensor) -> None:
+        channels = moments.shape[0] // 2
+        self.count = moments[-1].item()
+        per_value = moments / max(self.count, 1.0)
+        self.mean, squares = per_value[:channels], per_value[channels:-1]
+        self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
+        self.is_near = are_near(self.mean, squares, 1.0)
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}
@@ -45,22 +46,12 @@ class Statistics:
         return self._rstd[eps]
 
 
-def statistics_of(moments: Tensor | Statistics) -> Statistics:
-    """Those of moments, from where `keep_statistics` has left them, if it has."""
-    if isinstance(moments, Statistics):
-        return moments
-    kept: Statistics | None = vars(moments).get("statistics")
-    if kept is not None:
-        return kept
-    channels, count = moments.shape[0] // 2, moments[-1].item()
-    means = moments / max(count, 1.0)
-    return Statistics(means[:channels], means[channels:-1], count)
-
-
-def keep_statistics(moments: Tensor | Statistics) -> Statistics:
+def keep_statistics(moments: Tensor) -> Statistics:
     """Those of moments, kept there for the steps of backward: they do not change any more."""
-    vars(moments).pop("statistics", None)
-    statistics = statistics_of(moments)
-    if isinstance(moments, Tensor):
-        vars(moments)["statistics"] = statistics
+    statistics = vars(moments)["statistics"] = Statistics(moments)
     return statistics
+
+
+def statistics_of(moments: Tensor) -> Statistics:
+    """Those of moments, from where they are kept; a hook of autograd may have left a copy."""
+    return vars(moments).get("statistics") or Statistics(moments)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_one_process, differentiable, ops
+from . import cpu, cpu_small, differentiable, ops
 from .activations import ACTIVATIONS
 from .checkpointing import keep_sums, take_sums, this_thread
 from .communication import all_reduce
@@ -63,16 +63,17 @@ class SyncBatchNormFunction(torch.autograd.Function):
         dense = input if steps is ops.OPERATORS else ops.dense(input)
         ctx.setting = setting
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.is_of_one_process = (
-            residual is None
-            and setting.group is None
+        ctx.in_one_call = (
+            setting.group is None
             and setting.is_of_layer_alone
+            and residual is None
             and steps.moments is cpu.moments
+            and cpu_small.is_small(dense, in_one_call=True)
         )
-        if ctx.is_of_one_process:
-            running = ops.unless_again(running)
-            output, of_batch = cpu_one_process.forward(dense, weight, bias, setting.eps, running)
-            ctx.save_for_backward(input, weight, None, *of_batch)
+        if ctx.in_one_call:
+            settings = weight, bias, setting.eps, ops.unless_again(running)
+            output, *mean_and_rstd = cpu_small.forward(dense, *settings)
+            ctx.save_for_backward(input, weight, None, *mean_and_rstd)
             ctx.names = ()
             return output
         moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
@@ -92,7 +93,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         input, weight, moments, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
-            if ctx.is_of_one_process:
+            if ctx.in_one_call:
                 moments, others = _moments_again(input), []
             gradients = _differentiable_gradients(ctx, grad_output, input, weight, moments, others)
             return *gradients, *[None] * (len(needed) - 4)
@@ -107,13 +108,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if steps is not ops.OPERATORS:
             input = ops.dense(input)
             grad_output = ops.laid_out_like(grad_output, input)
-        if ctx.is_of_one_process:
-            if steps is not ops.OPERATORS:
-                dtypes = input.dtype if needs_input else None, weight_dtype, bias_dtype
-                of_one = cpu_one_process.backward(
-                    grad_output, input, weight, others, dtypes, setting.eps
-                )
-                return *of_one, *[None] * (len(needed) - 3)
+        if ctx.in_one_call and steps is not ops.OPERATORS:
+            dtypes = input.dtype if needs_input else None, weight_dtype, bias_dtype
+            settings = weight, others, setting.eps, dtypes
+            return *cpu_small.backward(grad_output, input, *settings), *[None] * (len(needed) - 3)
+        if ctx.in_one_call:
             moments, others = _moments_again(input), []
         grad_input = None
         if others:
@@ -238,7 +237,7 @@ def _gradients_of_block(
 
 
 def _moments_again(input: Tensor) -> Tensor:
-    """Those of a process that is alone, which its forward did without."""
+    """Those that a forward in one call did without, for steps that want them."""
     with torch.no_grad():
         return ops.moments(input)
 
