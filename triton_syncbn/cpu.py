@@ -20,7 +20,7 @@ def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
     values, dtype = input.numel() // input.shape[1], _dtype_of(input)
     if cpu_small.is_small(input):
-        total, squares = cpu_small.sums(None, input, None)
+        total, squares = cpu_small.moments(input)
     else:
         total, squares = add_up(None, input, None, dtype)
         if dtype == torch.float32 and not are_near(total, squares, max(values, 1)):
@@ -55,8 +55,8 @@ def normalize(
             kept = 1.0 - momentum  # added in float64, which is rounded once
             torch.add(statistics.mean * momentum, running_mean, alpha=kept, out=running_mean)
             torch.add(statistics.variance * unbiased, running_var, alpha=kept, out=running_var)
-    batch_norm = cpu_small.batch_norm if cpu_small.is_small(input) else _batch_norm
-    return batch_norm(input, statistics, weight, bias, eps)
+    normalize = cpu_small.normalize if cpu_small.is_small(input) else _batch_norm
+    return normalize(input, statistics, weight, bias, eps)
 
 
 def grad_moments(
@@ -70,13 +70,12 @@ def grad_moments(
     """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
     statistics = statistics_of(moments)
     if cpu_small.is_small(input):
-        grads, products = cpu_small.sums(grad_output, input, statistics.mean)
+        grads, products = cpu_small.grad_moments(grad_output, input, statistics, eps)
     else:
         dtype = _dtype_of(input)
         shift, rest = statistics.shift_and_rest(dtype)
         grads, products = add_up(grad_output, input, shift, dtype)
-        products = torch.addcmul(products, grads, rest, value=-1.0)
-    products = products * statistics.rstd(eps)
+        products = torch.addcmul(products, grads, rest, value=-1.0) * statistics.rstd(eps)
     return (
         torch.cat((grads, products)),
         input.new_empty(0) if weight_dtype is None else products.to(weight_dtype),
@@ -94,12 +93,13 @@ def grad_input(
 ) -> Tensor:
     """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
     statistics = statistics_of(moments)
+    if cpu_small.is_small(input):
+        return cpu_small.grad_input(grad_output, input, statistics, grad_moments, weight, eps)
     scale = statistics.rstd(eps)
     if weight is not None:
         scale = scale * weight
     grad_mean, slope = grad_moments.view(2, -1) * (scale * (-1.0 / max(statistics.count, 1.0)))
-    batch_norm = cpu_small.batch_norm if cpu_small.is_small(input) else _batch_norm
-    return batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
+    return _batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
 
 
 def _dtype_of(input: Tensor) -> torch.dtype:

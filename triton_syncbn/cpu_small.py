@@ -28,40 +28,53 @@ def is_small(input: Tensor, in_one_call: bool = False) -> bool:
     return 0 < input.numel() <= largest and (input.dim() == 4 or input.is_contiguous())
 
 
-def sums(grad_output: Tensor | None, input: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (x - mean)) of each channel, float64 [C]; without a dy it is x, and
-    without a mean it is 0.
-    """
-    values = input.double()
-    grad = values if grad_output is None else grad_output.double()
-    channels, row = input.shape[1], input.numel() // (input.shape[0] * input.shape[1])
-    if 1 < row <= LONGEST_ROW and input.is_contiguous():
-        one = constant(channels, 1.0, torch.float64)
-        mean = constant(channels, 0.0, torch.float64) if mean is None else mean
-        settings = one, mean, one, None, None, False, 0.0, [False, True, True]
-        _, second, first = _batch_norm_backward(grad, values, *settings)
-        return first, second
+def moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(x) and sum(x**2) of each channel, float64 [C]."""
+    values, channels = input.double(), input.shape[1]
+    if input.is_contiguous() and 1 < input.numel() // (input.shape[0] * channels) <= LONGEST_ROW:
+        zero, one = (constant(channels, value, torch.float64) for value in (0.0, 1.0))
+        settings = None, zero, one, None, None, False, 0.0, [False, True, True]
+        _, squares, total = _batch_norm_backward(values, values, *settings)
+        return total, squares
     others = 0, *range(2, input.dim())
-    first, second = grad.sum(others), (grad * values).sum(others)
-    return first, second if mean is None else second.addcmul_(first, mean, value=-1.0)
+    return values.sum(others), (values * values).sum(others)
 
 
-def batch_norm(
+def normalize(
+    input: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """xhat * weight + bias."""
+    vectors = [None if vector is None else vector.double() for vector in (weight, bias)]
+    settings: Any = *vectors, statistics.mean, statistics.variance, False, 0.0, eps
+    return torch.native_batch_norm(input.double(), *settings)[0].to(input.dtype)
+
+
+def grad_moments(
+    grad_output: Tensor, input: Tensor, statistics: Statistics, eps: float
+) -> tuple[Tensor, Tensor]:
+    """sum(dy) and sum(dy * xhat) of each channel, float64 [C]."""
+    batch = statistics.mean, statistics.variance, None, None, False, eps, [False, True, True]
+    _, products, grads = _batch_norm_backward(grad_output.double(), input.double(), None, *batch)
+    return grads, products
+
+
+def grad_input(
+    grad_output: Tensor,
     input: Tensor,
     statistics: Statistics,
+    grad_moments: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     eps: float,
-    grad_output: Tensor | None = None,
-    scale: Tensor | None = None,
 ) -> Tensor:
-    """xhat * weight + bias, and + dy * scale if there is a dy; vectors are [C]."""
-    vectors = (None if vector is None else vector.double() for vector in (weight, bias))
-    settings: Any = *vectors, statistics.mean, statistics.variance, False, 0.0, eps
-    output = torch.native_batch_norm(input.double(), *settings)[0]
-    if grad_output is not None and scale is not None:
-        output.addcmul_(grad_output.double(), scale.view(-1, *[1] * (input.dim() - 2)))
-    return output.to(input.dtype)
+    """(dy - mean(dy) - xhat * mean(dy * xhat)) * rstd * weight."""
+    grad_mean, slope = (grad_moments * (-1.0 / max(statistics.count, 1.0))).view(2, -1)
+    batch = statistics.mean, statistics.variance
+    values = input.double()
+    rest = torch.native_batch_norm(values, slope, grad_mean, *batch, False, 0.0, eps)[0]
+    rest += grad_output
+    settings = *batch, None, None, False, eps, [True, False, False]
+    weight = None if weight is None else weight.double()
+    return _batch_norm_backward(rest, values, weight, *settings)[0].to(input.dtype)
 
 
 def forward(
