@@ -72,10 +72,14 @@ def grad_moments(
     if cpu_small.is_small(input):
         grads, products = cpu_small.grad_moments(grad_output, input, statistics, eps)
     else:
-        dtype = _dtype_of(input)
-        shift, rest = statistics.shift_and_rest(dtype)
-        grads, products = add_up(grad_output, input, shift, dtype)
-        products = torch.addcmul(products, grads, rest, value=-1.0) * statistics.rstd(eps)
+        dtype, mean = _dtype_of(input), statistics.mean
+        if statistics.is_near:
+            grads, products = add_up(grad_output, input, mean, dtype, is_near=True)
+        else:
+            shift, rest = statistics.shift_and_rest(dtype)
+            grads, products = add_up(grad_output, input, shift, dtype)
+            products = torch.addcmul(products, grads, rest, value=-1.0)
+        products = products * statistics.rstd(eps)
     return (
         torch.cat((grads, products)),
         input.new_empty(0) if weight_dtype is None else products.to(weight_dtype),

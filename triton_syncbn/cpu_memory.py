@@ -19,9 +19,7 @@ _kept = threading.local()  # the buffers of a thread, which is in one step at a 
 def wide(map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: int = 0) -> Tensor:
     """A map, less a shift of each channel, in the precision of the arithmetic."""
     if shift is None:
-        if map.dtype == dtype:
-            return map
-        return map.to(dtype) if dtype == torch.float64 else buffer(map, dtype, index).copy_(map)
+        return map if map.dtype == dtype else buffer(map, dtype, index).copy_(map)
     shift = shift.view(-1, *[1] * (map.dim() - 2))
     memory = buffer(map, dtype, index)
     if map.dtype == dtype:

@@ -25,10 +25,15 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 def add_up(
-    grad_output: Tensor | None, input: Tensor, shift: Tensor | None, dtype: torch.dtype
+    grad_output: Tensor | None,
+    input: Tensor,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+    is_near: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """sum(dy) and sum(dy * (x - shift)) of each channel, float64 [C], with arithmetic of a dtype;
-    without a dy it is x - shift itself.
+    without a dy it is x - shift itself. A shift that is near 0 is taken off the sums, where to take
+    it off the values costs time, or digits: products of half precision are exact in float32.
     """
     of_moments = grad_output is None
     # torch's batch norm takes half precision as it is, if it takes all of it
@@ -37,13 +42,15 @@ def add_up(
     )
     bytes_of_term = input.itemsize if as_it_is else dtype.itemsize
     longest = LONGEST_CHAIN[bytes_of_term][0 if of_moments else 1]
+    if of_moments and shift is not None:  # such deviations may be on a coarse lattice
+        longest = 0
     sums = None
     for values, grad in blocks(input, grad_output):
         pieces = _pieces(values.shape, values.is_contiguous(), longest, bytes_of_term)
-        mean = None if of_moments or pieces.within else shift  # taken off by torch's batch norm
         original = values
+        of_sums = is_near and (bytes_of_term == 2 or pieces.within != ())
         if pieces.within or not as_it_is:
-            values = wide(values, dtype, shift if mean is None else None)
+            values = wide(values, dtype, shift if pieces.within and not of_sums else None)
             grad = grad if of_moments else wide(grad, dtype, None, 1)
         is_fresh = values is not original
         values = values.as_strided(pieces.size, pieces.strides)
@@ -53,15 +60,17 @@ def add_up(
             target = values if is_fresh else buffer(values, dtype)
             second = torch.mul(values, grad, out=target).sum(pieces.within)
         else:
+            mean = None if of_sums else shift
             first, second = _sums_in_chains(grad, values, mean, pieces, dtype)
         if pieces.between:
             first, second = (
                 each.view(pieces.sums).sum(pieces.between, dtype=torch.float64)
                 for each in (first, second)
             )
-        if sums is not None:
-            first, second = sums[0] + first, sums[1] + second
-        sums = first.double(), second.double()
+        first, second = first.double(), second.double()
+        if of_sums and shift is not None:
+            second.addcmul_(first, shift, value=-1.0)
+        sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
     if sums is None:
         zero = torch.zeros(input.shape[1], dtype=torch.float64)
         return zero, zero
@@ -86,8 +95,10 @@ def _sums_in_chains(
     one = constant(channels, 1.0, dtype)
     if mean is None:
         mean = constant(channels, 0.0, dtype)
-    elif pieces.between:
-        mean = mean.unsqueeze(pieces.between[0]).expand(pieces.sums).reshape(-1)
+    else:
+        mean = mean.to(dtype)
+        if pieces.between:
+            mean = mean.unsqueeze(pieces.between[0]).expand(pieces.sums).reshape(-1)
     settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
     _, second, first = _batch_norm_backward(grad, map, *settings)
     return first, second
@@ -130,5 +141,7 @@ def _pieces(shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term:
 
 def _divisor(number: int, most: int) -> int:
     """A number of parts of at most so many, or of less by not too much; 0 if there is none."""
+    if most == 0:
+        return 0
     least = -(-number // most)
     return next((n for n in range(least, 8 * least) if number % n == 0), 0)
