@@ -142,7 +142,8 @@ def _batch_norm(
     if scale is not None:
         scale = _per_channel(scale.to(dtype), input)
     for values, grad, result in blocks(input, grad_output, output):
-        deviations = values if takes_all else wide(values, dtype, shift)
+        out = result if result.dtype == dtype else None
+        deviations = values if takes_all else wide(values, dtype, shift, out=out)
         target = result if takes_all or result.dtype == dtype else deviations
         if side_by_side:
             torch.addcmul(added, deviations, factor, out=target)

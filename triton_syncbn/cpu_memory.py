@@ -16,12 +16,20 @@ LARGEST_KEPT = 4 * BLOCK  # elements of a buffer that a thread keeps
 _kept = threading.local()  # the buffers of a thread, which is in one step at a time
 
 
-def wide(map: Tensor, dtype: torch.dtype, shift: Tensor | None = None, index: int = 0) -> Tensor:
-    """A map, less a shift of each channel, in the precision of the arithmetic."""
+def wide(
+    map: Tensor,
+    dtype: torch.dtype,
+    shift: Tensor | None = None,
+    index: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A map, less a shift of each channel, in the precision of the arithmetic; in a buffer or, if
+    something is taken off, in `out`.
+    """
     if shift is None:
         return map if map.dtype == dtype else buffer(map, dtype, index).copy_(map)
     shift = shift.view(-1, *[1] * (map.dim() - 2))
-    memory = buffer(map, dtype, index)
+    memory = buffer(map, dtype, index) if out is None else out
     if map.dtype == dtype:
         return torch.sub(map, shift, out=memory)
     return memory.copy_(map).sub_(shift)

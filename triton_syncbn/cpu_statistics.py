@@ -29,6 +29,7 @@ class Statistics:
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}
+        self._shifts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def shift_and_rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
         """What must be taken off values of a dtype first, if anything, and the mean of what is left
@@ -36,8 +37,10 @@ class Statistics:
         """
         if self.is_near:
             return None, self.mean
-        shift = self.mean.to(dtype)
-        return shift, self.mean - shift
+        if dtype not in self._shifts:
+            shift = self.mean.to(dtype)
+            self._shifts[dtype] = shift, self.mean - shift
+        return self._shifts[dtype]
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(variance + eps), float64."""
