@@ -19,17 +19,20 @@ from .operands import NOT_TRACKED, RunningStatistics
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
     values, dtype = input.numel() // input.shape[1], _dtype_of(input)
+    count = constant(1, values, torch.float64)
     if cpu_small.is_small(input):
-        total, squares = cpu_small.moments(input)
-    else:
-        total, squares = add_up(None, input, None, dtype)
-        if dtype == torch.float32 and not are_near(total, squares, max(values, 1)):
-            high = (total / values).float()
-            deviations, squares = add_up(None, input, high, dtype)
-            shift = high.double()
-            total = shift * values + deviations
-            squares = squares + shift * (deviations + total)
-    return torch.cat((total, squares, constant(1, values, torch.float64)))
+        return torch.cat((*cpu_small.moments(input), count))
+    total, squares = add_up(None, input, None, dtype)
+    is_near = are_near(total, squares, max(values, 1))
+    if dtype == torch.float32 and not is_near:
+        high = (total / values).float()
+        deviations, squares = add_up(None, input, high, dtype)
+        shift = high.double()
+        total = shift * values + deviations
+        squares = squares + shift * (deviations + total)
+    moments = torch.cat((total, squares, count))
+    vars(moments)["nearness"] = values, is_near
+    return moments
 
 
 def normalize(

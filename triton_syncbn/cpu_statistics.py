@@ -25,7 +25,10 @@ class Statistics:
         per_value = moments / max(self.count, 1.0)
         self.mean, squares = per_value[:channels], per_value[channels:-1]
         self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
-        self.is_near = are_near(self.mean, squares, 1.0)
+        values, is_near = vars(moments).get("nearness", (-1, False))
+        if values != self.count:  # other ranks have added theirs
+            is_near = are_near(self.mean, squares, 1.0)
+        self.is_near = is_near
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}

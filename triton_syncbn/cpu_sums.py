@@ -67,7 +67,8 @@ def add_up(
                 each.view(pieces.sums).sum(pieces.between, dtype=torch.float64)
                 for each in (first, second)
             )
-        first, second = first.double(), second.double()
+        else:
+            first, second = first.double(), second.double()
         if of_sums and shift is not None:
             second.addcmul_(first, shift, value=-1.0)
         sums = (first, second) if sums is None else (sums[0] + first, sums[1] + second)
