@@ -63,10 +63,8 @@ def add_up(
             mean = None if of_sums else shift
             first, second = _sums_in_chains(grad, values, mean, pieces, dtype)
         if pieces.between:
-            first, second = (
-                each.view(pieces.sums).sum(pieces.between, dtype=torch.float64)
-                for each in (first, second)
-            )
+            first = first.sum(pieces.between, dtype=torch.float64)
+            second = second.sum(pieces.between, dtype=torch.float64)
         else:
             first, second = first.double(), second.double()
         if of_sums and shift is not None:
@@ -102,7 +100,7 @@ def _sums_in_chains(
             mean = mean.unsqueeze(pieces.between[0]).expand(pieces.sums).reshape(-1)
     settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
     _, second, first = _batch_norm_backward(grad, map, *settings)
-    return first, second
+    return first.view(pieces.sums), second.view(pieces.sums)
 
 
 @functools.lru_cache(maxsize=256)
