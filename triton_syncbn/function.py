@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import differentiable, ops
+from . import cpu, differentiable, ops
 from .activations import ACTIVATIONS
 from .checkpointing import keep_sums, take_sums, this_thread
 from .communication import all_reduce
+from .cpu import small
 from .operands import BlockOperands, RunningStatistics, by_keyword
 
 
@@ -61,9 +62,22 @@ class SyncBatchNormFunction(torch.autograd.Function):
             ops.OPERATORS if buffers else ops.steps_for(input, weight, bias, residual, *running[:3])
         )
         dense = input if steps is ops.OPERATORS else ops.dense(input)
-        moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
         ctx.setting = setting
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.in_one_call = (
+            setting.group is None
+            and setting.is_of_layer_alone
+            and residual is None
+            and steps.moments is cpu.moments
+            and small.is_small(dense, in_one_call=True)
+        )
+        if ctx.in_one_call:
+            settings = weight, bias, setting.eps, ops.unless_again(running)
+            output, *mean_and_rstd = small.forward(dense, *settings)
+            ctx.save_for_backward(input, weight, None, *mean_and_rstd)
+            ctx.names = ()
+            return output
+        moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
         if residual is None and running.mean is not None and setting.is_of_layer_alone:
             ctx.save_for_backward(input, weight, moments)
             ctx.names = ()
@@ -80,6 +94,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         input, weight, moments, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
+            if ctx.in_one_call:
+                moments, others = _moments_again(input), []
             gradients = _differentiable_gradients(ctx, grad_output, input, weight, moments, others)
             return *gradients, *[None] * (len(needed) - 4)
         setting: Setting = ctx.setting
@@ -93,6 +109,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if steps is not ops.OPERATORS:
             input = ops.dense(input)
             grad_output = ops.laid_out_like(grad_output, input)
+        if ctx.in_one_call and steps is not ops.OPERATORS:
+            dtypes = input.dtype if needs_input else None, weight_dtype, bias_dtype
+            settings = weight, others, setting.eps, dtypes
+            return *small.backward(grad_output, input, *settings), *[None] * (len(needed) - 3)
+        if ctx.in_one_call:
+            moments, others = _moments_again(input), []
         grad_input = None
         if others:
             saved = dict(zip(ctx.names, others, strict=True))
@@ -213,6 +235,12 @@ def _gradients_of_block(
         if makes_residual:
             grad_residual = made
     return grad_input, grad_weight, grad_bias, grad_residual
+
+
+def _moments_again(input: Tensor) -> Tensor:
+    """Those that a forward in one call did without, for steps that want them."""
+    with torch.no_grad():
+        return ops.moments(input)
 
 
 def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:

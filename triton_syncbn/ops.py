@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_blocks, reference
+from . import cpu, reference
+from .cpu import blocks as cpu_blocks
 from .operands import BlockOperands, RunningStatistics, by_keyword
 
 _BUFFERS = (
@@ -118,7 +119,7 @@ def _normalize(
     eps: float,
     running: RunningStatistics,
 ) -> Tensor:
-    running = _unless_again(running)
+    running = unless_again(running)
     return backend.normalize(input, moments, weight, bias, eps=eps, running=running)
 
 
@@ -151,7 +152,7 @@ def _normalize_block(
     gates = new_gates(input, keeps_gates)
     running = _running(**buffers)
     if moments is not None:
-        running = _unless_again(running)
+        running = unless_again(running)
         if activation is None and residual is None:
             settings = {"eps": eps, "running": running}
             return backend.normalize(input, moments, *parameters, **settings), gates
@@ -161,7 +162,7 @@ def _normalize_block(
     return _backend_of_blocks(backend).normalize(input, moments, *parameters, **settings), gates
 
 
-def _unless_again(running: RunningStatistics) -> RunningStatistics:
+def unless_again(running: RunningStatistics) -> RunningStatistics:
     """What a forward moves. In a backward activation checkpointing computes one again, whose batch
     the running statistics have seen. Decided here, as a compiled graph has no other place for it.
     """

@@ -46,6 +46,22 @@ def test_layer_is_exact(seed):
     assert_exact(example, train_layer(0, 1, example))
 
 
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("most_elements", [4000, 200_000], ids="{} elements".format)
+@pytest.mark.parametrize("seed", range(40))
+def test_layer_is_exact_on_a_cpu(seed, most_elements):
+    """In one process, where torch's batch norm does a pass over a small map in one call."""
+    example = drawn_example(seed, 1, most_elements)
+    assert_exact(example, train_layer(0, 1, example))
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("name", [name for name in examples.HARD_EXAMPLES if "2**" not in name])
+def test_hard_data_is_exact_on_a_cpu(name):
+    example = examples.make_example(**examples.HARD_EXAMPLES[name])
+    assert_exact(example, train_layer(0, 1, example))
+
+
 @pytest.mark.parametrize("implementation", accuracy.OURS)
 def test_any_split_is_exact(implementation, drawn):
     """The four steps for up to five ranks in turn."""

@@ -12,8 +12,9 @@ from tests.support import blocks, oracle
 from tests.support.blocks import EPS, SLOPE
 from tests.support.inputs import LAYOUTS, lay_out
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN, cpu_blocks, sync_batch_norm
+from triton_syncbn import SyncBN, sync_batch_norm
 from triton_syncbn.activations import ACTIVATIONS
+from triton_syncbn.cpu import blocks as cpu_blocks
 
 SHAPE = (6, 16, 5, 7)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -2,15 +2,19 @@
 and that of large ones on tensors that are small enough for a test.
 """
 
+import contextlib
+
 import pytest
 import torch
 from numerics import examples, training
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import blocks, oracle
 from tests.support.exactness import NOISE, faults
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import EPS, run_steps
-from triton_syncbn import SyncBN, cpu, cpu_memory, cpu_statistics, ops, reference
+from triton_syncbn import SyncBN, cpu, ops, reference
+from triton_syncbn.cpu import memory, small, statistics
 from triton_syncbn.operands import RunningStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -28,8 +32,9 @@ SMALLEST_BLOCK = (
 @pytest.fixture(params=["small", "large"], autouse=True)
 def way(request, monkeypatch):
     """How tensors are treated, whatever their size."""
-    monkeypatch.setattr(cpu, "SMALL", 1 << 62 if request.param == "small" else 0)
-    monkeypatch.setattr(cpu_memory, "BLOCK", SMALLEST_BLOCK)
+    for largest in ("LARGEST", "LARGEST_IN_ONE_CALL"):
+        monkeypatch.setattr(small, largest, 1 << 62 if request.param == "small" else 0)
+    monkeypatch.setattr(memory, "BLOCK", SMALLEST_BLOCK)
     return request.param
 
 
@@ -91,7 +96,7 @@ def test_edge_shapes(shape, layout, dtype):
 # coarse lattice, where roundings of long sums are no longer as often up as down.
 DATA = {
     "near": {},
-    "border": {"mean": cpu_statistics.NEAR},
+    "border": {"mean": statistics.NEAR},
     "far": {"mean": 1e2},
     "lattice": {"mean": 1e4},
     "no digits": {"mean": 1e6},
@@ -196,7 +201,7 @@ def test_several_threads_compute_the_same():
 
 
 def test_buffers_outlive_inference_mode_and_a_default_device(monkeypatch):
-    monkeypatch.setattr(cpu_memory, "_kept", type(cpu_memory._kept)())
+    monkeypatch.setattr(memory, "_kept", type(memory._kept)())
     tensors = operands((4, 3, 20, 20), torch.bfloat16, LAYOUTS[0])
     with torch.inference_mode(), torch.device("meta"):
         sums = torch.zeros(6, dtype=torch.float64, device="cpu")
@@ -243,3 +248,104 @@ def test_large_maps_are_as_exact_as_torchs(layout, plain_torch):
             torchs[name] += oracle.relative_error(getattr(eager, name), expected) ** 2
     for name in ours:
         assert ours[name] <= torchs[name], name
+
+
+ALONE = [(6, 5, 4, 3), (6, 5, 7), (16, 5), (2, 3, 2, 2, 2), (5, 7, 1, 1), (2, 1, 300, 1)]
+SETTINGS = {
+    "plain": {},
+    "float64 buffers": {"buffers": torch.float64},
+    "half precision": {"dtype": torch.bfloat16, "parameters": torch.bfloat16},
+    "float64": {"dtype": torch.float64, "parameters": torch.float64, "buffers": torch.float64},
+    "no momentum": {"momentum": None},
+    "no affine": {"affine": False},
+    "no bias": {"bias": False},
+    "no statistics": {"track_running_stats": False},
+}
+
+
+def layer_and_operands(shape, layout="channels_first", **settings):
+    """A layer of which each parameter and buffer is another number, x and dy."""
+    dtypes = {
+        name: settings.pop(name, torch.float32) for name in ("dtype", "parameters", "buffers")
+    }
+    layer = SyncBN(shape[1], **settings).to(dtypes["parameters"])
+    for seed, tensor in enumerate(layer.state_dict().values()):
+        if tensor.is_floating_point():
+            tensor.copy_(random(shape[1:2], torch.float32, "cpu", seed=seed).abs())
+    for name, buffer in layer.named_buffers():
+        if buffer.is_floating_point():
+            setattr(layer, name, buffer.to(dtypes["buffers"]))
+    x, dy = (random(shape, dtypes["dtype"], "cpu", layout, seed=seed) for seed in (7, 8))
+    return layer, x.requires_grad_(), dy
+
+
+def results_of(layer, x, dy, forward=contextlib.nullcontext, backward=contextlib.nullcontext):
+    """Output, gradients and buffers of two training steps, each in a context."""
+    for _ in range(2):
+        with forward():
+            output = layer(x)
+        with backward():
+            gradients = torch.autograd.grad(output, [x, *layer.parameters()], dy)
+    return [output.detach(), *gradients, *layer.buffers()]
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("shape", ALONE, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_process_alone_computes_what_ranks_do(layout, shape, settings, monkeypatch):
+    """In one call a pass, or by the steps: float64 both, of which the same roundings are left."""
+    results = []
+    for largest in (small.LARGEST_IN_ONE_CALL, 0):
+        monkeypatch.setattr(small, "LARGEST_IN_ONE_CALL", largest)
+        results.append(results_of(*layer_and_operands(shape, layout, **SETTINGS[settings])))
+    for actual, expected in zip(*results, strict=True):
+        assert (actual.dtype, actual.stride()) == (expected.dtype, expected.stride())
+        limit = TOLERANCE.get(actual.dtype, 0.0)
+        assert oracle.relative_error(actual, expected) <= limit
+
+
+class Operators(TorchDispatchMode):
+    """Names of ours that run."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "triton_syncbn":
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_backward_that_is_recorded_goes_through_operators(plain_torch):
+    """Also if its forward was not recorded, and went another way."""
+    names = []
+    recorded = results_of(*layer_and_operands((6, 5, 4, 3)), backward=lambda: Operators(names))
+    assert [name for name in names if name != "moments"] == ["grad_moments", "grad_input"] * 2
+    for actual, expected in zip(
+        recorded, results_of(*layer_and_operands((6, 5, 4, 3))), strict=True
+    ):
+        assert oracle.relative_error(actual, expected) <= TOLERANCE[torch.float32]
+
+
+def test_hooks_may_copy_what_is_kept_for_backward(plain_torch):
+    operands = (6, 5, 4, 3), "channels_last"
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    copied = results_of(
+        *layer_and_operands(*operands), forward=lambda: hooks(torch.clone, lambda kept: kept)
+    )
+    for actual, expected in zip(copied, results_of(*layer_and_operands(*operands)), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_second_derivative_of_a_process_alone(plain_torch):
+    layer, x, dy = layer_and_operands((6, 5, 4, 3))
+    plain = torch.nn.BatchNorm2d(5)
+    plain.load_state_dict(layer.state_dict())
+    results = []
+    for each in (layer, plain):
+        (gradient,) = torch.autograd.grad(each(x), x, dy, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), [x, each.weight]))
+    for actual, expected in zip(*results, strict=True):
+        assert oracle.relative_error(actual, expected) <= SUM_TOLERANCE

@@ -7,8 +7,9 @@ import torch
 
 from tests.support.blocks import EPS, SLOPE
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, random
-from triton_syncbn import cpu_blocks, ops, reference
+from triton_syncbn import ops, reference
 from triton_syncbn.activations import ACTIVATIONS
+from triton_syncbn.cpu import blocks as cpu_blocks
 from triton_syncbn.operands import BlockOperands, RunningStatistics
 
 # Activation, whether there is a residual, whether the layer is frozen.

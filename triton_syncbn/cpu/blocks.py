@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, reference
-from .cpu_memory import buffer
-from .cpu_statistics import statistics_of
-from .operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
+from .. import reference
+from ..operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
+from .layer import moments as moments_of_layer
+from .memory import buffer
+from .statistics import keep_statistics, statistics_of
 
 PIECE = 1 << 18  # elements of a piece: 2 MiB in float64; as measured
 LEAST_OF_THREAD = 1 << 15  # elements below which torch gives a thread nothing to do
@@ -85,7 +86,7 @@ LOOPS = {
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
     if input.dtype != torch.float32:
-        return cpu.moments(input)  # in float64, or with digits to spare
+        return moments_of_layer(input)  # in float64, or with digits to spare
     sums = input.new_zeros((2, input.shape[1]), dtype=torch.float64)
     mean, one = torch.zeros_like(sums[0]), torch.ones_like(sums[0])
     for channels, (values,) in _pieces(input):
@@ -107,6 +108,8 @@ def normalize(
     """Normalize with the global moments, and move the running statistics unless the batch is empty;
     without moments, normalize with the running statistics.
     """
+    if moments is not None:
+        keep_statistics(moments)
     layer = _Layer(moments, running, weight, bias, eps)
     if moments is not None:
         reference.update_running_statistics(layer.mean, layer.variance, moments[-1], running)

@@ -1,0 +1,169 @@
+"""The four steps on a CPU, in torch's own loops; as `reference` in all but time.
+
+A small tensor takes as long as its operations are many; in float64 there are no more of them, and
+nothing cancels. A large one takes as long as its bytes travel. It stays in float32, which is as
+good if sums are formed with care (see sums.py) and if, where means are far from 0 in units of
+the deviation, deviations from them are what is added up and scaled.
+"""
+
+import torch
+from torch import Tensor
+
+from ..operands import NOT_TRACKED, RunningStatistics
+from . import small
+from .memory import blocks, constant, wide
+from .statistics import Statistics, are_near, keep_statistics, statistics_of
+from .sums import add_up
+
+
+def moments(input: Tensor) -> Tensor:
+    """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
+    values, dtype = input.numel() // input.shape[1], _dtype_of(input)
+    count = constant(1, values, torch.float64)
+    if small.is_small(input):
+        return torch.cat((*small.moments(input), count))
+    total, squares = add_up(None, input, None, dtype)
+    is_near = are_near(total, squares, max(values, 1))
+    if dtype == torch.float32 and not is_near:
+        high = (total / values).float()
+        deviations, squares = add_up(None, input, high, dtype)
+        shift = high.double()
+        total = shift * values + deviations
+        squares = squares + shift * (deviations + total)
+    moments = torch.cat((total, squares, count))
+    vars(moments)["nearness"] = values, is_near
+    return moments
+
+
+def normalize(
+    input: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    running: RunningStatistics = NOT_TRACKED,
+) -> Tensor:
+    """Normalize with the global moments; move the running statistics unless the batch is empty."""
+    running_mean, running_var, num_batches_tracked, momentum = running
+    statistics = keep_statistics(moments)
+    if (count := statistics.count) > 0.0:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if running_mean is not None and running_var is not None:
+            if momentum is None:
+                assert num_batches_tracked is not None
+                momentum = 1.0 / max(num_batches_tracked.item(), 1.0)
+            unbiased = momentum * count / max(count - 1.0, 1.0)
+            kept = 1.0 - momentum  # added in float64, which is rounded once
+            torch.add(statistics.mean * momentum, running_mean, alpha=kept, out=running_mean)
+            torch.add(statistics.variance * unbiased, running_var, alpha=kept, out=running_var)
+    normalize = small.normalize if small.is_small(input) else _batch_norm
+    return normalize(input, statistics, weight, bias, eps)
+
+
+def grad_moments(
+    grad_output: Tensor,
+    input: Tensor,
+    moments: Tensor,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum(dy) and sum(dy * xhat) of each channel, float64 [2C]; gradients of weight and bias."""
+    statistics = statistics_of(moments)
+    if small.is_small(input):
+        grads, products = small.grad_moments(grad_output, input, statistics, eps)
+    else:
+        dtype, mean = _dtype_of(input), statistics.mean
+        if statistics.is_near:
+            grads, products = add_up(grad_output, input, mean, dtype, is_near=True)
+        else:
+            shift, rest = statistics.shift_and_rest(dtype)
+            grads, products = add_up(grad_output, input, shift, dtype)
+            products = torch.addcmul(products, grads, rest, value=-1.0)
+        products = products * statistics.rstd(eps)
+    return (
+        torch.cat((grads, products)),
+        input.new_empty(0) if weight_dtype is None else products.to(weight_dtype),
+        input.new_empty(0) if bias_dtype is None else grads.to(bias_dtype),
+    )
+
+
+def grad_input(
+    grad_output: Tensor,
+    input: Tensor,
+    moments: Tensor,
+    grad_moments: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the global batch."""
+    statistics = statistics_of(moments)
+    if small.is_small(input):
+        return small.grad_input(grad_output, input, statistics, grad_moments, weight, eps)
+    scale = statistics.rstd(eps)
+    if weight is not None:
+        scale = scale * weight
+    grad_mean, slope = grad_moments.view(2, -1) * (scale * (-1.0 / max(statistics.count, 1.0)))
+    return _batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
+
+
+def _dtype_of(input: Tensor) -> torch.dtype:
+    """Of the arithmetic."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _batch_norm(
+    input: Tensor,
+    statistics: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    grad_output: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """xhat * weight + bias, and + dy * scale if there is a dy; the other vectors are [C]."""
+    dtype = _dtype_of(input)
+    shift, rest = statistics.shift_and_rest(dtype)
+    factor = statistics.rstd(eps)
+    factor = factor if weight is None else factor * weight
+    added = factor * -rest if bias is None else torch.addcmul(bias, factor, rest, value=-1.0)
+    factor, added = factor.to(dtype), added.to(dtype)  # rounded once
+    output = torch.empty_like(input)
+    # torch's batch norm takes half precision as well, and rounds at the end: before anything can be
+    # added. Channels that are side by side are faster without it.
+    takes_all = dtype == torch.float32 and shift is None and grad_output is None
+    side_by_side = _are_side_by_side(input) and not (takes_all and input.itemsize == 2)
+    if side_by_side:
+        factor, added = _per_channel(factor, input), _per_channel(added, input)
+    else:
+        zero, one, none = (
+            constant(size, value, dtype)
+            for size, value in ((input.shape[1], 0.0), (input.shape[1], 1.0), (0, 0.0))
+        )
+    if scale is not None:
+        scale = _per_channel(scale.to(dtype), input)
+    for values, grad, result in blocks(input, grad_output, output):
+        out = result if result.dtype == dtype else None
+        deviations = values if takes_all else wide(values, dtype, shift, out=out)
+        target = result if takes_all or result.dtype == dtype else deviations
+        if side_by_side:
+            torch.addcmul(added, deviations, factor, out=target)
+        else:  # of values with mean 0 and variance 1, to torch
+            settings = factor, added, zero, one, False, 0.0, 0.0
+            torch.native_batch_norm(deviations, *settings, out=(target, none, none))
+        if scale is not None:
+            target.addcmul_(wide(grad, dtype, None, 1), scale)
+        if target is not result:
+            result.copy_(target)
+    return output
+
+
+def _are_side_by_side(input: Tensor) -> bool:
+    """Whether channels are, in memory."""
+    return not input.is_contiguous() or input.numel() == input.shape[0] * input.shape[1]
+
+
+def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (input.dim() - 2))

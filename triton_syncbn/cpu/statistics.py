@@ -1,0 +1,63 @@
+"""Mean and variance of the global batch, for the steps on a CPU."""
+
+import torch
+from torch import Tensor
+
+from ..reference import NOISE_OF_VARIANCE
+
+NEAR = 1.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
+
+
+def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
+    """Whether the means of all channels are near 0, by sum(x) and sum(x**2) of so many values."""
+    share = (1.0 + NEAR**-2) / values
+    return torch.addcmul(squares, total, total, value=-share).min().item() >= 0.0
+
+
+class Statistics:
+    """Of each channel, from the moments: mean and variance in float64; the count; and whether all
+    means are near 0.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        channels = moments.shape[0] // 2
+        self.count = moments[-1].item()
+        per_value = moments / max(self.count, 1.0)
+        self.mean, squares = per_value[:channels], per_value[channels:-1]
+        self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
+        values, is_near = vars(moments).get("nearness", (-1, False))
+        if values != self.count:  # other ranks have added theirs
+            is_near = are_near(self.mean, squares, 1.0)
+        self.is_near = is_near
+        if not self.is_near:  # equal values have no variance but what rounding leaves of it
+            self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
+        self._rstd: dict[float, Tensor] = {}
+        self._shifts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def shift_and_rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """What must be taken off values of a dtype first, if anything, and the mean of what is left
+        then, float64. So float32 holds a mean that is far from 0.
+        """
+        if self.is_near:
+            return None, self.mean
+        if dtype not in self._shifts:
+            shift = self.mean.to(dtype)
+            self._shifts[dtype] = shift, self.mean - shift
+        return self._shifts[dtype]
+
+    def rstd(self, eps: float) -> Tensor:
+        """1 / sqrt(variance + eps), float64."""
+        if eps not in self._rstd:
+            self._rstd[eps] = (self.variance + eps).rsqrt_()
+        return self._rstd[eps]
+
+
+def keep_statistics(moments: Tensor) -> Statistics:
+    """Those of moments, kept there for the steps of backward: they do not change any more."""
+    statistics = vars(moments)["statistics"] = Statistics(moments)
+    return statistics
+
+
+def statistics_of(moments: Tensor) -> Statistics:
+    """Those of moments, from where they are kept; a hook of autograd may have left a copy."""
+    return vars(moments).get("statistics") or Statistics(moments)
