@@ -2,7 +2,9 @@
 SyncBN against torch.nn.BatchNorm2d; on two ranks over gloo, against a layer written by hand.
 
 Layers take turns in one process (or in each of the ranks), a time is that of the lower quartile, in
-one thread; what other processes do then meets both alike. Returns 1 if a goal is missed.
+one thread; what other processes do then meets both alike. On two ranks there is a third: torch's
+batch norm between two all_reduces of nothing, a bound for what computes no faster than it. Returns
+1 if a goal is missed.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from layers.cases import DTYPES, LAYOUTS, laid_out
 from layers.handwritten_syncbn import HandwrittenSyncBN
 from machine.ranks import Place, run_on_ranks
@@ -34,7 +37,15 @@ SHAPES = (
     (1, 37, 16, 11),
 )
 FAR = 1e4  # mean over deviation of an input whose float32 sum of squares has no digit of a variance
-Row = tuple[tuple[int, ...], float, float]  # shape, and seconds of theirs and of ours
+
+
+class Row(NamedTuple):
+    """Seconds of a training step."""
+
+    shape: tuple[int, ...]
+    theirs: float
+    ours: float
+    bound: float | None = None  # on two ranks
 
 
 class Comparison(NamedTuple):
@@ -67,6 +78,31 @@ COMPARISONS = (
 )
 
 
+class AllReduceBothWays(torch.autograd.Function):
+    """A map as it is; sums of nothing are sent in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
+        """Send as much as a layer must."""
+        ctx.channels = input.shape[1]
+        dist.all_reduce(torch.zeros(2 * ctx.channels + 1, dtype=torch.float64))
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
+        """The same."""
+        dist.all_reduce(torch.zeros(2 * ctx.channels, dtype=torch.float64))
+        return grad_output
+
+
+class Bound(torch.nn.BatchNorm2d):
+    """torch's batch norm of this rank's samples, and what a layer on ranks must send."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize (N, C, H, W)."""
+        return super().forward(AllReduceBothWays.apply(input))
+
+
 def training_step(layer: torch.nn.Module, input: torch.Tensor) -> Callable[[], Any]:
     """Forward and backward, to the gradients of input, weight and bias."""
     leaves = [input.detach().requires_grad_(), *layer.parameters()]
@@ -77,18 +113,19 @@ def training_step(layer: torch.nn.Module, input: torch.Tensor) -> Callable[[], A
 def measure(place: Place | None, comparison: Comparison, samples: int) -> list[Row]:
     """Rows of all shapes; of the slowest rank, where there is a place in a group."""
     torch.set_num_threads(1)
-    theirs = torch.nn.BatchNorm2d if place is None else HandwrittenSyncBN
+    on_ranks = place is not None
+    kinds: tuple[type[torch.nn.Module], ...] = (torch.nn.BatchNorm2d, triton_syncbn.SyncBN)
+    if on_ranks:
+        kinds = HandwrittenSyncBN, triton_syncbn.SyncBN, Bound
     # A thread's own time is blind to other processes, but also to waiting for ranks, which counts.
-    clock = time.thread_time if place is None else time.perf_counter
+    clock = time.perf_counter if on_ranks else time.thread_time
     rows: list[Row] = []
     for shape in SHAPES:
         data = torch.randn(shape) + comparison.mean_over_std
         input = laid_out(data.to(DTYPES[comparison.dtype]), comparison.layout)
-        layers = theirs(shape[1]), triton_syncbn.SyncBN(shape[1])
-        calls = {number: training_step(layer, input) for number, layer in enumerate(layers)}
+        calls = {n: training_step(kind(shape[1]), input) for n, kind in enumerate(kinds)}
         times = time_calls(calls, input.device, samples, clock=clock)
-        theirs_seconds, ours_seconds = (float(np.percentile(times[n].host, 25)) for n in calls)
-        rows.append((shape, theirs_seconds, ours_seconds))
+        rows.append(Row(shape, *(float(np.percentile(times[n].host, 25)) for n in calls)))
     return rows
 
 
@@ -106,13 +143,16 @@ def verdict(value: float, goal: float | None) -> str:
 
 def summary(comparison: Comparison, rows: list[Row]) -> tuple[str, bool]:
     """A line with the geometric mean and the largest ratio; whether both are within their goals."""
-    ratios = [ours / theirs for _, theirs, ours in rows]
+    ratios = [row.ours / row.theirs for row in rows]
     mean, largest = statistics.geometric_mean(ratios), max(ratios)
     reached = mean <= comparison.goal and largest <= (comparison.goal_of_rows or largest)
     line = (
         f"geometric mean {verdict(mean, comparison.goal)}, "
         f"largest {verdict(largest, comparison.goal_of_rows)}"
     )
+    bounds = [row.bound / row.theirs for row in rows if row.bound is not None]
+    if bounds:
+        line += f"; bound: geometric mean {statistics.geometric_mean(bounds):.2f}"
     return line, reached
 
 
@@ -139,9 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
             rows = measure(None, comparison, samples)
         else:
             rows = run_on_ranks(measure_on_ranks, comparison, samples)
-        for shape, theirs, ours in rows:
-            times = f"{theirs * 1e6:7.0f} us, ours {ours * 1e6:7.0f} us"
-            print(f"  {shape!s:20} {times}: {ours / theirs:5.2f}", flush=True)
+        for row in rows:
+            times = f"{row.theirs * 1e6:7.0f} us, ours {row.ours * 1e6:7.0f} us"
+            bound = "" if row.bound is None else f", bound {row.bound / row.theirs:5.2f}"
+            print(f"  {row.shape!s:20} {times}: {row.ours / row.theirs:5.2f}{bound}", flush=True)
         line, reached = summary(comparison, rows)
         lines.append(f"{comparison}\n  {line}")
         all_reached &= reached
