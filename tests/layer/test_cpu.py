@@ -122,6 +122,21 @@ def test_hard_data_is_exact(layout, dtype, map, data):
     assert not faults(example, training.train_steps("cpu", example))
 
 
+@pytest.mark.parametrize("means", [(0.0, 1e4), (1e4, 0.0)], ids=str)
+def test_first_values_may_be_unlike_the_others(means):
+    """Whether means are far is guessed from the first; deviations from a wrong guess cancel."""
+    first, others = means
+    input = random((4, 3, 100, 100), torch.float32, "cpu", "channels_last")
+    values = input.permute(0, 2, 3, 1).view(-1, 3)
+    values[:64] += first
+    values[64:] += others
+    total, squares, count = cpu.moments(input).tensor_split((3, 6))
+    variance = squares / count - (total / count) ** 2
+    expected, mean = torch.var_mean(values.double(), 0, correction=0)
+    assert oracle.relative_error(variance, expected) <= 1e-6
+    assert ((total / count - mean).abs() <= 1e-6 * expected.sqrt()).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 2, 128, 128), (40, 3, 96)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
