@@ -88,8 +88,13 @@ def _check_overflow_in_numpy(interpreter: Any) -> None:
     operations, each a hundred times as slow as numpy's.
     """
     exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    semantic = interpreter.TritonSemantic  # of which Triton 3.6 makes one for each launch
+    plain = semantic.binary_op_sanitize_overflow_impl
 
-    def check(left: Any, right: Any, operation: Any) -> None:
+    def check(self: Any, left: Any, right: Any, operation: Any) -> None:
+        if not isinstance(self.builder, interpreter.InterpreterBuilder):
+            plain(self, left, right, operation)
+            return
         dtype = left.type.scalar
         if dtype.int_bitwidth < 64:
             operands = (side.handle.data.astype(np.int64) for side in (left, right))
@@ -97,7 +102,7 @@ def _check_overflow_in_numpy(interpreter: Any) -> None:
             fits = dtype.get_int_min_value() <= result.min() <= result.max()
             assert fits and result.max() <= dtype.get_int_max_value(), f"{dtype} overflow"
 
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = check
+    semantic.binary_op_sanitize_overflow_impl = check
 
 
 @contextlib.contextmanager
