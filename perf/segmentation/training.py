@@ -1,5 +1,6 @@
 """Training of one arm: the same weights, batches and schedule as in every other one."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,7 +79,10 @@ def train(
         dist.all_reduce(losses, group=group)
     if place.rank > 0:
         return None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or threads)  # the other ranks wait
     predictions = predict(network, held_out.pixels)
+    torch.set_num_threads(threads)
     return Run(
         losses.cpu(),
         mean_iou(predictions, held_out.labels),
