@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Of C++, where a thread is left as a process ends. torch has threads, and does so once in hundreds of
-# times; this library has none.
+# Of C++, where a thread is left as a process ends. torch has threads, and leaves one now and then;
+# this library has none.
 THREAD_WAS_LEFT = "terminate called without an active exception"
 
 
