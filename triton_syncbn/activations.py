@@ -3,7 +3,8 @@ for Triton.
 
 The functions below take z and a slope, and use nothing but operators and the three functions
 imported here; `kernels/blocks.py` compiles them with Triton's functions of the same names. To add
-one: a value, a derivative, a line in the table, and one in `cpu.blocks`, of loops that torch has.
+one: a value, a derivative, a line in the table. Where torch has a loop of its own, a line in
+`cpu.blocks` makes it faster on a CPU.
 
 Derivatives at kinks are torch's: 0 where relu or relu6 begin or end. A NaN passes, as in torch. The
 derivative there is that of torch's loops on a GPU: 1, of leaky_relu the slope, of silu and gelu NaN

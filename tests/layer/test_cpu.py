@@ -242,8 +242,9 @@ def test_operators_run_it(plain_torch):
     assert ops._backend("cpu") is cpu
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.5, 0.9, 1.2], ids="{} deviations".format)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large_maps_are_as_exact_as_torchs(layout, plain_torch):
+def test_large_maps_are_as_exact_as_torchs(layout, mean, plain_torch):
     """Of ten draws, as in each one rounding may fall either way."""
     ours, torchs = ({"output": 0.0, "input": 0.0} for _ in range(2))
     for seed in range(10):
@@ -251,7 +252,7 @@ def test_large_maps_are_as_exact_as_torchs(layout, plain_torch):
         layer = SyncBN(64, eps=blocks.EPS)
         torch.nn.init.normal_(layer.weight, 1.0)
         torch.nn.init.normal_(layer.bias)
-        x, dy = (lay_out(2 * torch.randn(8, 64, 12, 10) + 1, layout) for _ in range(2))
+        x, dy = (lay_out(2 * (torch.randn(8, 64, 12, 10) + mean), layout) for _ in range(2))
         step = None, x, dy, layer.weight, layer.bias
         exact, eager = blocks.exact(*step), blocks.eager(*step, dtype=torch.float32)
         output = layer(x.requires_grad_())

@@ -5,6 +5,7 @@ one piece and cut into several.
 import pytest
 import torch
 
+from tests.support import oracle
 from tests.support.blocks import EPS, SLOPE
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, random
 from triton_syncbn import ops, reference
@@ -69,6 +70,20 @@ def run(module, block, shape, dtype, layout):
         "grad_weight": grads[0],
         "grad_bias": grads[1],
     }
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_loops_of_torch_do_what_activations_define(activation, residual, monkeypatch):
+    monkeypatch.setitem(BLOCKS, "defined", (activation, residual, False))
+    step = cpu_blocks, "defined", (6, 5, 4, 7), torch.float32, "channels_last"
+    loops = run(*step)
+    monkeypatch.setattr(cpu_blocks, "LOOPS", {})
+    for name, defined in run(*step).items():
+        if defined is None or not defined.is_floating_point():
+            assert (defined is loops[name]) or torch.equal(defined, loops[name]), name
+        else:
+            assert oracle.relative_error(loops[name], defined) <= 1e-7, name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

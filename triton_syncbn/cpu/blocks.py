@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..activations import ACTIVATIONS
 from ..operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistics
 from .layer import moments as moments_of_layer
 from .memory import buffer
@@ -83,6 +84,16 @@ LOOPS = {
 }
 
 
+@functools.cache
+def _by_definition(activation: str) -> Loops:
+    """In a loop for each operator of the definition, for what torch has no loop of its own."""
+    value, derivative, *_ = ACTIVATIONS[activation]
+    return Loops(
+        lambda z, slope: z.copy_(value(z, slope)),
+        lambda grad, z, slope: grad.mul_(derivative(z, slope)),
+    )
+
+
 def moments(input: Tensor) -> Tensor:
     """Moments of each channel of (N, C, *spatial): float64 [2C + 1], sum(x), sum(x**2), count."""
     if input.dtype != torch.float32:
@@ -109,10 +120,8 @@ def normalize(
     without moments, normalize with the running statistics.
     """
     if moments is not None:
-        keep_statistics(moments)
+        keep_statistics(moments).move(running)
     layer = _Layer(moments, running, weight, bias, eps)
-    if moments is not None:
-        reference.update_running_statistics(layer.mean, layer.variance, moments[-1], running)
     loops, slope = _loops_of(block)
     output = torch.empty_like(input)
     gates = None if block.gates is None else torch.empty_like(input, dtype=torch.bool)
@@ -270,7 +279,10 @@ def _gradient_of_z(
 
 def _loops_of(block: BlockOperands) -> tuple[Any, float]:
     """Of its activation, if it has one; and the slope."""
-    return None if block.activation is None else LOOPS[block.activation], block.activation_slope
+    if block.activation is None:
+        return None, 0.0
+    loops = LOOPS.get(block.activation) or _by_definition(block.activation)
+    return loops, block.activation_slope
 
 
 def _precision_of(loops: Loops, dtype: torch.dtype) -> torch.dtype:

@@ -49,19 +49,8 @@ def normalize(
     running: RunningStatistics = NOT_TRACKED,
 ) -> Tensor:
     """Normalize with the global moments; move the running statistics unless the batch is empty."""
-    running_mean, running_var, num_batches_tracked, momentum = running
     statistics = keep_statistics(moments)
-    if (count := statistics.count) > 0.0:
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        if running_mean is not None and running_var is not None:
-            if momentum is None:
-                assert num_batches_tracked is not None
-                momentum = 1.0 / max(num_batches_tracked.item(), 1.0)
-            unbiased = momentum * count / max(count - 1.0, 1.0)
-            kept = 1.0 - momentum  # added in float64, which is rounded once
-            torch.add(statistics.mean * momentum, running_mean, alpha=kept, out=running_mean)
-            torch.add(statistics.variance * unbiased, running_var, alpha=kept, out=running_var)
+    statistics.move(running)
     normalize = small.normalize if small.is_small(input) else _batch_norm
     return normalize(input, statistics, weight, bias, eps)
 
@@ -143,9 +132,10 @@ def _batch_norm(
     dtype = _dtype_of(input)
     shift, rest = statistics.shift_and_rest(dtype)
     factor = statistics.rstd(eps)
-    factor = factor if weight is None else factor * weight
+    factor = (factor if weight is None else factor * weight).to(dtype)
+    # Of the rounded factor, so that its error meets deviations from the mean alone
     added = factor * -rest if bias is None else torch.addcmul(bias, factor, rest, value=-1.0)
-    factor, added = factor.to(dtype), added.to(dtype)  # rounded once
+    added = added.to(dtype)
     output = torch.empty_like(input)
     # torch's batch norm takes half precision as well, and rounds at the end: before anything can be
     # added. Channels that are side by side are faster without it.

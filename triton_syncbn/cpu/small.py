@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..operands import RunningStatistics
 from .memory import constant
-from .statistics import Statistics
+from .statistics import Statistics, momentum_of
 
 # Elements up to which float64 costs less than the calls that are saved, as measured.
 LARGEST = 1 << 13
@@ -87,13 +87,12 @@ def forward(
     """Of a process that is alone: the output; and mean and rstd, float64 [C]. Moves the running
     statistics.
     """
-    mean, var, num_batches_tracked, momentum = running
+    mean, var, num_batches_tracked, _ = running
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / max(num_batches_tracked.item(), 1.0)
+    momentum = 0.0 if mean is None else momentum_of(running)
     vectors = [None if vector is None else vector.double() for vector in (weight, bias, mean, var)]
-    settings: Any = *vectors, True, momentum or 0.0, eps
+    settings: Any = *vectors, True, momentum, eps
     output, *statistics = torch.native_batch_norm(input.double(), *settings)
     for buffer, moved in zip((mean, var), vectors[2:], strict=True):
         if buffer is not None and moved is not None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..operands import RunningStatistics
 from ..reference import NOISE_OF_VARIANCE
 
 NEAR = 1.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
@@ -50,6 +51,28 @@ class Statistics:
         if eps not in self._rstd:
             self._rstd[eps] = (self.variance + eps).rsqrt_()
         return self._rstd[eps]
+
+    def move(self, running: RunningStatistics) -> None:
+        """Move running statistics towards these, and count the batch, unless it is empty."""
+        mean, var, num_batches_tracked, _ = running
+        if self.count == 0.0:
+            return
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if mean is not None and var is not None:
+            momentum = momentum_of(running)
+            unbiased = momentum * self.count / max(self.count - 1.0, 1.0)
+            kept = 1.0 - momentum  # added in float64, which is rounded once
+            torch.add(self.mean * momentum, mean, alpha=kept, out=mean)
+            torch.add(self.variance * unbiased, var, alpha=kept, out=var)
+
+
+def momentum_of(running: RunningStatistics) -> float:
+    """The share of a batch that has been counted."""
+    if running.momentum is not None:
+        return running.momentum
+    assert running.num_batches_tracked is not None
+    return 1.0 / max(running.num_batches_tracked.item(), 1.0)
 
 
 def keep_statistics(moments: Tensor) -> Statistics:
