@@ -72,8 +72,32 @@ def _run(
         torch.cuda.set_device(place.device)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    with process_group(place, store):
+    with left_alone_by_the_scheduler(place), process_group(place, store):
         return work(place, *arguments)
+
+
+@contextlib.contextmanager
+def left_alone_by_the_scheduler(place: Place) -> Iterator[None]:
+    """Threads that this one starts stay on this rank's share of the cores, if there are enough, and
+    interrupt no other, where the system can be told so. Not on a GPU.
+
+    A rank that is sent a part of a sum must not interrupt the sender, who has more to send: an
+    all_reduce of 8 ranks on two cores takes a quarter of the time. And of two ranks half, whose
+    threads otherwise wake up on either core.
+    """
+    if place.device.type == "cuda" or not hasattr(os, "SCHED_BATCH"):
+        yield
+        return
+    before = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    own = sorted(before[0])[place.rank :: place.world_size]
+    if len(before[0]) >= place.world_size:
+        os.sched_setaffinity(0, own)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, before[1], os.sched_param(0))
+        os.sched_setaffinity(0, before[0])
 
 
 @contextlib.contextmanager

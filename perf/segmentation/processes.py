@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
-from machine.ranks import Place, process_group
+from machine.ranks import Place, left_alone_by_the_scheduler, process_group
 
 CPU_RANKS = 8
 
@@ -51,10 +51,6 @@ def _run(
 ) -> Any:
     device = torch.device("cpu")
     torch.set_num_threads(1)  # the network is too small to share
-    if hasattr(os, "SCHED_BATCH"):
-        # Where ranks share cores, one that is sent a part of a sum must not interrupt the sender,
-        # who has more to send: all_reduce of 8 ranks on two cores takes a quarter of the time.
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
@@ -62,5 +58,5 @@ def _run(
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     place = Place(rank, world_size, device)
-    with process_group(place, store):
+    with left_alone_by_the_scheduler(place), process_group(place, store):
         return work(place, *arguments)

@@ -138,6 +138,41 @@ def test_first_values_may_be_unlike_the_others(means):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ranks_may_have_other_means(layout, dtype):
+    """Near 0, far, and no samples; the last channel has no variance. Each rank has its own way, and
+    all have the same statistics.
+    """
+    shape, means = (7, 4, 9, 11), (0.3, 1e3, 0.0)
+    maps = [random(shape, dtype, "cpu", layout, mean, seed=n) for n, mean in enumerate(means)]
+    for map in maps:
+        map[:, -1] = 1000003.1  # 1386 of them, for whose variance float64 leaves 1e-4
+    maps[2] = maps[2][:0]
+    gradients = [torch.randn_like(map) for map in maps]
+    _, _, weight, bias = operands(shape, torch.float32, layout)
+    moments = [cpu.moments(map) for map in maps]
+    total = sum(moments).clone()
+    outputs, buffers = [], []
+    for map, sums in zip(maps, moments, strict=True):
+        sums.copy_(total)  # as an all_reduce does
+        running = RunningStatistics(torch.zeros(4), torch.ones(4), torch.tensor(0), 0.1)
+        outputs.append(cpu.normalize(map, sums, weight, bias, eps=EPS, running=running))
+        buffers.append(torch.cat(running[:2]))
+    operands_of_ranks = list(zip(gradients, maps, moments, strict=True))
+    sums = sum(cpu.grad_moments(*rank, None, None, EPS)[0] for rank in operands_of_ranks)
+    results = [cpu.grad_input(*rank, sums, weight, EPS) for rank in operands_of_ranks]
+
+    assert torch.equal(buffers[0], buffers[1])
+    assert torch.equal(buffers[0], buffers[2])
+    assert buffers[0][-1] == torch.tensor(0.9)  # the variance moves towards 0
+    exact = oracle.batch_norm(torch.cat(maps), torch.cat(gradients), weight, bias, eps=EPS)
+    for actual, expected in ((outputs, exact.output), (results, exact.grad_input)):
+        for rank, part in zip(actual, expected.split([len(map) for map in maps]), strict=True):
+            varies = part[:, :-1]
+            assert oracle.relative_error(rank[:, :-1], varies) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 2, 128, 128), (40, 3, 96)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_gradients_that_repeat_add_up(shape, layout, dtype):

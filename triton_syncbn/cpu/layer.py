@@ -35,7 +35,8 @@ def moments(input: Tensor) -> Tensor:
         total = shift * values + deviations
         squares = squares + shift * (deviations + total)
     moments = torch.cat((total, squares, count))
-    vars(moments)["nearness"] = values, is_near
+    if values:
+        vars(moments)["is_near"] = is_near
     return moments
 
 
@@ -95,11 +96,18 @@ def grad_input(
     statistics = statistics_of(moments)
     if small.is_small(input):
         return small.grad_input(grad_output, input, statistics, grad_moments, weight, eps)
-    scale = statistics.rstd(eps)
-    if weight is not None:
-        scale = scale * weight
-    grad_mean, slope = grad_moments.view(2, -1) * (scale * (-1.0 / max(statistics.count, 1.0)))
-    return _batch_norm(input, statistics, slope, grad_mean, eps, grad_output, scale)
+    dtype, channels = _dtype_of(input), input.shape[1]
+    shift, rest = statistics.shift_and_rest(dtype)
+    scale, rounded_scale = statistics.scale(weight, eps, dtype)
+    share = scale * (-1.0 / max(statistics.count, 1.0))
+    grad_mean, slope = grad_moments[:channels] * share, grad_moments[channels:] * share
+    dy = grad_output, rounded_scale
+    if not _are_side_by_side(input):
+        batch = rest.to(dtype), statistics.variance.to(dtype), eps
+        return _write(input, shift, slope.to(dtype), grad_mean.to(dtype), batch, *dy)
+    factor = statistics.rstd(eps) * slope
+    added = torch.addcmul(grad_mean, factor, rest, value=-1.0)
+    return _write(input, shift, factor.to(dtype), added.to(dtype), None, *dy)
 
 
 def _means_if_far(input: Tensor) -> Tensor | None:
@@ -120,44 +128,54 @@ def _dtype_of(input: Tensor) -> torch.dtype:
 
 
 def _batch_norm(
-    input: Tensor,
-    statistics: Statistics,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    grad_output: Tensor | None = None,
-    scale: Tensor | None = None,
+    input: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """xhat * weight + bias, and + dy * scale if there is a dy; the other vectors are [C]."""
+    """xhat * weight + bias."""
     dtype = _dtype_of(input)
     shift, rest = statistics.shift_and_rest(dtype)
-    factor = statistics.rstd(eps)
-    factor = (factor if weight is None else factor * weight).to(dtype)
+    factor = statistics.scale(weight, eps, dtype)[1]
     # Of the rounded factor, so that its error meets deviations from the mean alone
     added = factor * -rest if bias is None else torch.addcmul(bias, factor, rest, value=-1.0)
     added = added.to(dtype)
+    # torch's batch norm takes half precision as well, and rounds at the end. Channels that are
+    # side by side are faster without it.
+    if _are_side_by_side(input) and not (input.itemsize == 2 and shift is None):
+        return _write(input, shift, factor, added, None)
+    zero, one = (constant(input.shape[1], value, dtype) for value in (0.0, 1.0))
+    return _write(input, shift, factor, added, (zero, one, 0.0))
+
+
+def _write(
+    input: Tensor,
+    shift: Tensor | None,
+    factor: Tensor,
+    added: Tensor,
+    batch: tuple[Tensor, Tensor, float] | None,
+    grad_output: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """(x - shift) * factor + added, and + dy * scale if there is a dy; the vectors are [C]. With a
+    batch's mean, variance and eps, by torch's batch norm, of (x - shift - mean) / deviation.
+    """
+    dtype = factor.dtype
     output = torch.empty_like(input)
-    # torch's batch norm takes half precision as well, and rounds at the end: before anything can be
-    # added. Channels that are side by side are faster without it.
+    # Of half precision only before anything can be added, as it rounds at the end
     takes_all = dtype == torch.float32 and shift is None and grad_output is None
-    side_by_side = _are_side_by_side(input) and not (takes_all and input.itemsize == 2)
-    if side_by_side:
+    if batch is None:
+        takes_all = takes_all and input.dtype == dtype
         factor, added = _per_channel(factor, input), _per_channel(added, input)
-    else:
-        zero, one, none = (
-            constant(size, value, dtype)
-            for size, value in ((input.shape[1], 0.0), (input.shape[1], 1.0), (0, 0.0))
-        )
     if scale is not None:
-        scale = _per_channel(scale.to(dtype), input)
+        scale = _per_channel(scale, input)
+    none = constant(0, 0.0, dtype)
     for values, grad, result in blocks(input, grad_output, output):
         out = result if result.dtype == dtype else None
         deviations = values if takes_all else wide(values, dtype, shift, out=out)
         target = result if takes_all or result.dtype == dtype else deviations
-        if side_by_side:
+        if batch is None:
             torch.addcmul(added, deviations, factor, out=target)
-        else:  # of values with mean 0 and variance 1, to torch
-            settings = factor, added, zero, one, False, 0.0, 0.0
+        else:
+            mean, variance, eps = batch
+            settings = factor, added, mean, variance, False, 0.0, eps
             torch.native_batch_norm(deviations, *settings, out=(target, none, none))
         if scale is not None:
             target.addcmul_(wide(grad, dtype, None, 1), scale)

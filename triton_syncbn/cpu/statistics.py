@@ -1,5 +1,7 @@
 """Mean and variance of the global batch, for the steps on a CPU."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,21 +20,23 @@ def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
 class Statistics:
     """Of each channel, from the moments: mean and variance in float64; the count; and whether all
     means are near 0.
+
+    It is enough if those of this rank's values are, which `moments` has found out: nothing cancels
+    there, as a mean of all ranks that is far from these values is as large as their results.
     """
 
     def __init__(self, moments: Tensor) -> None:
         channels = moments.shape[0] // 2
         self.count = moments[-1].item()
-        per_value = moments / max(self.count, 1.0)
+        per_value = moments * (1.0 / max(self.count, 1.0))
         self.mean, squares = per_value[:channels], per_value[channels:-1]
         self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
-        values, is_near = vars(moments).get("nearness", (-1, False))
-        if values != self.count:  # other ranks have added theirs
-            is_near = are_near(self.mean, squares, 1.0)
-        self.is_near = is_near
+        is_near = vars(moments).get("is_near")
+        self.is_near = are_near(self.mean, squares, 1.0) if is_near is None else is_near
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
         self._rstd: dict[float, Tensor] = {}
+        self._scale: tuple[Any, ...] = ()
         self._shifts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def shift_and_rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
@@ -51,6 +55,16 @@ class Statistics:
         if eps not in self._rstd:
             self._rstd[eps] = (self.variance + eps).rsqrt_()
         return self._rstd[eps]
+
+    def scale(self, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """weight / sqrt(variance + eps), float64, and rounded to a dtype."""
+        version = 0 if weight is None or weight.is_inference() else weight._version
+        key = version, eps, dtype
+        if self._scale[:1] != (key,) or self._scale[1] is not weight:
+            scale = self.rstd(eps)
+            scale = scale if weight is None else scale * weight
+            self._scale = key, weight, scale, scale.to(dtype)
+        return self._scale[2:]
 
     def move(self, running: RunningStatistics) -> None:
         """Move running statistics towards these, and count the batch, unless it is empty."""

@@ -48,7 +48,7 @@ def add_up(
     for values, grad in blocks(input, grad_output):
         pieces = _pieces(values.shape, values.is_contiguous(), longest, bytes_of_term)
         original = values
-        of_sums = is_near and (bytes_of_term == 2 or pieces.within != ())
+        of_sums = is_near and (bytes_of_term == 2 or pieces.between != ())
         if pieces.within or not as_it_is:
             values = wide(values, dtype, shift if pieces.within and not of_sums else None)
             grad = grad if of_moments else wide(grad, dtype, None, 1)
