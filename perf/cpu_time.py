@@ -1,10 +1,10 @@
 """What a training step of a layer takes on a CPU, as ratios with the goals that they have: alone,
 SyncBN against torch.nn.BatchNorm2d; on two ranks over gloo, against a layer written by hand.
 
-Layers take turns in one process (or in each of the ranks), a time is that of the lower quartile, in
-one thread; what other processes do then meets both alike. On two ranks there is a third: torch's
-batch norm between two all_reduces of nothing, a bound for what computes no faster than it. Returns
-1 if a goal is missed.
+Layers take turns in one process (or in each of the ranks, which stay on cores of their own), a time
+is that of the lower quartile, in one thread; what other processes do then meets both alike. On two
+ranks there is a third: torch's batch norm between two all_reduces of nothing, a bound for what
+computes no faster than it. Returns 1 if a goal is missed.
 """
 
 import argparse

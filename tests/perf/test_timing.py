@@ -1,9 +1,13 @@
-"""The timer takes what it says: of every call, in turns, without what is prepared."""
+"""The timer takes what it says: of every call, in turns, without what is prepared. Ranks do not
+meet on a core meanwhile.
+"""
 
 import itertools
+import os
 
 import pytest
 import torch
+from machine.ranks import Place, left_alone_by_the_scheduler
 from measuring import times
 from measuring.times import in_cuda_graph, percentiles, time_calls, turns
 
@@ -117,3 +121,19 @@ def test_device_time_and_graph_on_a_gpu():
     before = small[0].item()
     calls["graph"]()
     assert small[0].item() == before + 1
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="of Linux")
+@pytest.mark.parametrize("world_size", [1, 2, 1 << 20])
+def test_ranks_have_their_share_of_the_cores_and_give_it_back(world_size):
+    cores, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    shares = []
+    for rank in range(min(world_size, 2)):
+        with left_alone_by_the_scheduler(Place(rank, world_size, torch.device("cpu"))):
+            assert os.sched_getscheduler(0) == os.SCHED_BATCH
+            shares.append(os.sched_getaffinity(0))
+        assert (os.sched_getaffinity(0), os.sched_getscheduler(0)) == (cores, policy)
+    if len(cores) >= world_size:
+        assert sorted(itertools.chain(*shares)) == sorted(cores)
+    else:
+        assert shares == [cores] * len(shares)
