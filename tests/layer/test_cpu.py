@@ -277,10 +277,12 @@ def test_operators_run_it(plain_torch):
     assert ops._backend("cpu") is cpu
 
 
-@pytest.mark.parametrize("mean", [0.0, 0.5, 0.9, 1.2], ids="{} deviations".format)
+@pytest.mark.parametrize("block", [SMALLEST_BLOCK, memory.BLOCK], ids="blocks of {}".format)
+@pytest.mark.parametrize("mean", [0.0, 0.5, 0.9, 1.2, 1.6, 3.0], ids="{} deviations".format)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large_maps_are_as_exact_as_torchs(layout, mean, plain_torch):
+def test_large_maps_are_as_exact_as_torchs(layout, mean, block, plain_torch, monkeypatch):
     """Of ten draws, as in each one rounding may fall either way."""
+    monkeypatch.setattr(memory, "BLOCK", block)
     ours, torchs = ({"output": 0.0, "input": 0.0} for _ in range(2))
     for seed in range(10):
         torch.manual_seed(seed)

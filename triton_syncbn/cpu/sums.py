@@ -97,7 +97,7 @@ def _sums_in_chains(
     else:
         mean = mean.to(dtype)
         if pieces.between:
-            mean = mean.unsqueeze(pieces.between[0]).expand(pieces.sums).reshape(-1)
+            mean = mean.view(-1, 1).expand(pieces.sums).reshape(-1)
     settings = (one, mean, one, None, None, False, 0.0, [False, True, True])
     _, second, first = _batch_norm_backward(grad, map, *settings)
     return first.view(pieces.sums), second.view(pieces.sums)
@@ -112,15 +112,16 @@ def _pieces(shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term:
     values = samples * row
     if is_contiguous and row > 1:
         if bytes_of_term == 2:  # chains go on over all rows of a channel
-            number = int(values <= longest * LANES)
-        else:
-            number = _divisor(row, longest * LANES)
-        if number:
-            part = row // number
-            chains = (samples, channels * number, part), (channels * row, part, 1)
-            if number == 1:
+            if values <= longest * LANES:
+                chains = (samples, channels, row), (channels * row, row, 1)
                 return Pieces(*chains, (), (channels,), ())
-            return Pieces(*chains, (), (channels, number), (1,))
+        elif number := _divisor(row, longest * LANES):
+            # Of each row, as float32 would round a sum of all rows once more
+            part, width = row // number, samples * channels * number
+            chains = (1, width, part), (width * part, part, 1)
+            if width == channels:
+                return Pieces(*chains, (), (channels,), ())
+            return Pieces(*chains, (), (samples, channels, number), (0, 2))
         number = _divisor(row, LONGEST_PART) or 1
         part = row // number
         rows = (samples, channels, number, part), (channels * row, row, part, 1)
@@ -131,7 +132,7 @@ def _pieces(shape: torch.Size, is_contiguous: bool, longest: int, bytes_of_term:
         columns = (1, width, values // number, 1), (values * channels, 1, width, width)
         if number == 1:
             return Pieces(*columns, (), (channels,), ())
-        return Pieces(*columns, (), (number, channels), (0,))
+        return Pieces(*columns, (), (number, channels, 1), (0, 2))
     number = _divisor(values, LONGEST_PART) or 1
     part = values // number
     parts = (number, part, channels), (part * channels, channels, 1)
