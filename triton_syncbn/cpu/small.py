@@ -67,12 +67,11 @@ def grad_input(
     eps: float,
 ) -> Tensor:
     """(dy - mean(dy) - xhat * mean(dy * xhat)) * rstd * weight."""
-    means, channels = grad_moments * (-1.0 / max(statistics.count, 1.0)), input.shape[1]
+    channels, minus_means = input.shape[1], grad_moments * (-1.0 / max(statistics.count, 1.0))
     batch = statistics.mean, statistics.variance
     values = input.double()
-    rest = torch.native_batch_norm(
-        values, means[channels:], means[:channels], *batch, False, 0.0, eps
-    )[0]
+    slope, grad_mean = minus_means[channels:], minus_means[:channels]
+    rest = torch.native_batch_norm(values, slope, grad_mean, *batch, False, 0.0, eps)[0]
     rest += grad_output
     settings = *batch, None, None, False, eps, [True, False, False]
     weight = None if weight is None else weight.double()

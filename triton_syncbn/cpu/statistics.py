@@ -28,7 +28,7 @@ class Statistics:
     def __init__(self, moments: Tensor) -> None:
         channels = moments.shape[0] // 2
         self.count = moments[-1].item()
-        per_value = moments * (1.0 / max(self.count, 1.0))
+        per_value = moments / max(self.count, 1.0)
         self.mean, squares = per_value[:channels], per_value[channels:-1]
         self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
         is_near = vars(moments).get("is_near")
