@@ -1,4 +1,4 @@
-"""normalize: reads x once, writes y once; one more program updates the running statistics and the
+"""normalize: reads x once, writes y once; some more programs update the running statistics and the
 batch counter. A residual is read once; gates are written once.
 
 y = activation((x - mean) * rstd * weight + bias + residual), with mean and rstd from the
@@ -42,7 +42,7 @@ from .statistics import (
     statistics_of_layer,
 )
 
-STATISTICS_BLOCK = tl.constexpr(256)  # channels of the running statistics handled at once
+CHANNELS_OF_STATISTICS = tl.constexpr(256)  # whose running statistics a program updates at once
 
 
 @triton.jit
@@ -52,29 +52,33 @@ def update_running_statistics(
     num_batches_tracked,
     moments,
     momentum,
+    program,
+    programs,
     sizes,
     CUMULATIVE: tl.constexpr,
 ):
     """r += f * (batch - r), f = momentum or, if CUMULATIVE, 1 / batches so far; nothing moves after
-    an empty batch.
+    an empty batch. Program 0 of these moves the counter of batches.
     """
     count = tl.load(moments + 2 * sizes.channels)
     factor = momentum
     if num_batches_tracked is not None:
-        batches = tl.load(num_batches_tracked).to(tl.float64) + 1.0
+        counts = program == 0
+        batches = tl.load(num_batches_tracked, mask=counts, other=0).to(tl.float64) + 1.0
         if num_batches_tracked.dtype.element_ty.is_floating():
             counted = convert_to(batches, num_batches_tracked.dtype.element_ty)
         else:
             counted = batches.to(num_batches_tracked.dtype.element_ty)
         tl.debug_barrier()  # every thread has read the counter before one moves it
-        tl.store(num_batches_tracked, counted, mask=count > 0.0)
+        tl.store(num_batches_tracked, counted, mask=counts & (count > 0.0))
         if CUMULATIVE:
             factor = inverse(batches)
     if running_mean is not None:
         unbias = count * inverse(tl.maximum(count - 1.0, 1.0))
         updated = tl.where(count > 0.0, sizes.channels, 0)
-        for first in range(0, updated, STATISTICS_BLOCK):
-            index = first + tl.arange(0, STATISTICS_BLOCK)
+        BLOCK: tl.constexpr = CHANNELS_OF_STATISTICS
+        for first in range(program * BLOCK, updated, programs * BLOCK):
+            index = first + tl.arange(0, BLOCK)
             channel = Channels(index, index < updated)
             mean, variance, _count = mean_and_variance(moments, channel, sizes)
             update_buffer(running_mean, mean, factor, channel)
@@ -115,15 +119,26 @@ def normalize_kernel(
     TILING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program 0 updates the running statistics, if there are moments; the others write y."""
+    """The first programs update the running statistics, if there are moments; the others write y."""
     sizes = Sizes(rows, channels, columns)
-    program = tl.program_id(0) - 1
+    updating = 1  # reads the counter that it moves
+    if not CUMULATIVE:
+        updating = tl.maximum(tl.cdiv(channels, CHANNELS_OF_STATISTICS), 1)
+    program = tl.program_id(0) - updating
     if program < 0:
         if moments is not None:
             # In the interpreter it is a Python number, which a call would round to float32.
             factor = tl.full((), momentum, tl.float64)
             update_running_statistics(
-                running_mean, running_var, num_batches_tracked, moments, factor, sizes, CUMULATIVE
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                moments,
+                factor,
+                tl.program_id(0),
+                updating,
+                sizes,
+                CUMULATIVE,
             )
     else:
         walk = walk_of_program(program, splits, sizes, TILING)
@@ -181,9 +196,12 @@ def normalize(
     plan = plan_of("normalize", input, config, residual is not None or gates is not None)
     output = torch.empty_like(input)
     mean, var, num_batches_tracked, momentum = running
+    updating = 1
+    if momentum is not None:
+        updating = max(triton.cdiv(input.shape[1], CHANNELS_OF_STATISTICS.value), 1)
     launch(
         normalize_kernel,
-        plan.programs + 1,
+        plan.programs + updating,
         plan,
         (output, input, moments, weight, bias, mean, var, num_batches_tracked, residual, gates),
         (0.0 if momentum is None else momentum, eps),

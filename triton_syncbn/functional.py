@@ -210,8 +210,8 @@ def _group_to_synchronize(process_group: Any, training: bool, input: Tensor) -> 
         return None
     if process_group is not None:
         group = groups.resolve(process_group)
-    elif _HAS_DISTRIBUTED:
-        group = dist.group.WORLD  # None where there is none
+    elif _HAS_DISTRIBUTED and dist.is_initialized():
+        group = dist.group.WORLD  # torch 2.11 cannot compile a look at one that is not there
     else:
         return None
     if group is None or group.size() == 1:

@@ -33,7 +33,7 @@ def train_steps(implementation: str, example: Example, copies: float = 1) -> Res
     affine = example.weight, example.bias
     ranks = []
     for input, grad in parts(example, example.input, example.grad_output):
-        mean, variance = torch.zeros(2, input.shape[1]).unbind()
+        mean, variance = torch.zeros(2, input.shape[1], device=input.device).unbind()
         buffers = mean, variance, None
         ranks.append(Operands(input, grad, None, None, *affine, *buffers, MOMENTUM, example.eps))
 

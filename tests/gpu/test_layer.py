@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 import torch.distributed as dist
+from layers.implementations import synchronized_even_alone
 
 from tests.support import oracle
 from tests.support.batches import (
@@ -20,7 +21,6 @@ from tests.support.batches import (
     train_one_step,
 )
 from triton_syncbn import SyncBN
-from triton_syncbn.function import SyncBatchNormFunction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -135,22 +135,10 @@ def nccl_group():
         dist.destroy_process_group()
 
 
-def synchronized_step(
-    layer: SyncBN, input: torch.Tensor, grad: torch.Tensor, group
-) -> torch.Tensor:
+def synchronized_step(layer: SyncBN, input: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Forward and backward with their all_reduce, though the group has one rank."""
-    output = SyncBatchNormFunction.apply(
-        input,
-        layer.weight,
-        layer.bias,
-        layer.running_mean,
-        layer.running_var,
-        layer.num_batches_tracked,
-        layer.momentum,
-        layer.eps,
-        group,
-        "layer",
-    )
+    with synchronized_even_alone():
+        output = layer(input)
     output.backward(grad)
     return output
 
@@ -171,10 +159,10 @@ def test_a_training_step_never_stalls_the_host(samples, momentum, nccl_group):
     layer = SyncBN(64, momentum=momentum, device="cuda")
     input = torch.randn(samples, 64, 56, 56, device="cuda", requires_grad=True)
     grad = torch.randn_like(input)
-    synchronized_step(layer, input, grad, nccl_group)
+    synchronized_step(layer, input, grad)
     with host_synchronization_is_an_error():
         for _ in range(3):
-            synchronized_step(layer, input, grad, nccl_group)
+            synchronized_step(layer, input, grad)
 
 
 @pytest.mark.parametrize("samples", [8, 0])
@@ -188,19 +176,19 @@ def test_captured_in_a_cuda_graph(samples, nccl_group):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            synchronized_step(warm, input, grad, nccl_group)
+            synchronized_step(warm, input, grad)
     torch.cuda.current_stream().wait_stream(stream)
     input.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = synchronized_step(layers[0], input, grad, nccl_group)
+        captured = synchronized_step(layers[0], input, grad)
     captured_grad = input.grad
     for _ in range(3):
         graph.replay()
     input.grad = None
     for _ in range(3):
         input.grad = None
-        eager = synchronized_step(layers[1], input, grad, nccl_group)
+        eager = synchronized_step(layers[1], input, grad)
     assert torch.equal(captured, eager)
     assert torch.equal(captured_grad, input.grad)
     for name, tensor in layers[0].named_buffers():

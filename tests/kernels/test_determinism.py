@@ -39,16 +39,17 @@ def shuffle(monkeypatch):
     return again
 
 
+@pytest.mark.parametrize("splits", [4, 70])  # one group of programs, and three
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_order_of_programs_does_not_matter(layout, dtype, shuffle):
+def test_the_order_of_programs_does_not_matter(layout, dtype, splits, shuffle):
     """Programs that share a channel arrive in any order; their sums are added in a fixed one."""
     from triton_syncbn.kernels.launch_config import LaunchConfig
 
     device = torch.device("cpu")
     input = random_tensor((4, 2, 3, 5), dtype, device, layout)
     grad_output = random_tensor((4, 2, 3, 5), dtype, device, layout, seed=1)
-    config = LaunchConfig(8 if layout == "channels_last" else 1, 16, 4, 1)
+    config = LaunchConfig(8 if layout == "channels_last" else 1, 16, splits, 1)
     runs = []
     for _ in range(RUNS):
         shuffle()

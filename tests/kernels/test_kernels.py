@@ -81,7 +81,7 @@ TILES = [(1, 64), (4, 64), (16, 128)]
 FLAT_BLOCKS = [(16, 1), (64, 4), (512, 8)]
 
 
-@pytest.mark.parametrize("programs", [1, 2, 5])
+@pytest.mark.parametrize("programs", [1, 2, 5, 64, 65, 97])  # above 64 in groups of 32
 @pytest.mark.parametrize("tile", range(3))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_config_never_changes_the_result(layout, tile, programs, device):
@@ -147,7 +147,9 @@ def test_misaligned_storage(layout, device):
     values = random(shape, torch.float32, device, layout)
     storage = torch.full((values.numel() + 1,), torch.nan, device=device)
     input = storage[1:].as_strided(values.shape, values.stride(), 1).copy_(values)
-    assert torch.equal(kernel("moments", device)(input), kernel("moments", device)(values))
+    moments, expected = (kernel("moments", device)(tensor) for tensor in (input, values))
+    # compiled for other addresses, lanes may add up other values
+    torch.testing.assert_close(moments, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -144,4 +144,5 @@ def test_models_train_on_a_gpu(name):
     frame = pd.DataFrame(run_on_ranks(measuring.measure, cases, plan))
     assert set(frame.impl) == set(implementations(device))
     assert (frame.error_over_tolerance <= 1).all()
-    assert (frame[["us_p50", "host_us", "peak_mb"]] > 0).all(axis=None)
+    assert (frame[["us_p50", "host_us"]] > 0).all(axis=None)
+    assert (frame.peak_mb >= 0).all()  # a step of little may need no more than what it frees first
