@@ -39,13 +39,21 @@ def time_calls(
     *,
     warmup: int = WARMUP,
     clock: Clock = time.perf_counter,
+    before: Call | None = None,
+    of_host: bool = True,
 ) -> dict[Name, Samples]:
-    """Seconds of `samples` runs of each call; all ranks must time the same calls."""
+    """Seconds of `samples` runs of each call; all ranks must time the same calls. On a GPU a sample
+    of the device begins with a cache that holds nothing of use, and nothing that has still to be
+    written; or with what `before` leaves there. Not `of_host`: seconds of the host are left out,
+    and are given as those of the device, if there is one.
+    """
     for _ in range(warmup):
         for call in calls.values():
             call()
-    on_device = _device_seconds(calls, device, samples) if device.type == "cuda" else {}
-    host = _host_seconds(calls, device, samples, clock)
+    on_device = _device_seconds(calls, device, samples, before) if device.type == "cuda" else {}
+    host = on_device
+    if of_host or not on_device:
+        host = _host_seconds(calls, device, samples, clock)
     return _of_slowest_rank(
         {name: Samples(on_device.get(name, host[name]), host[name]) for name in calls}
     )
@@ -100,16 +108,18 @@ def _host_seconds(
 
 
 def _device_seconds(
-    calls: Mapping[Name, Call], device: torch.device, samples: int
+    calls: Mapping[Name, Call], device: torch.device, samples: int, before: Call | None
 ) -> dict[Name, list[float]]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
     arrived = torch.zeros(1, device=device)
     events: dict[Name, list[tuple[Any, Any]]] = {name: [] for name in calls}
     several = _several_ranks()
     torch.cuda.synchronize(device)
     for name in turns(list(calls), samples):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        flush.sum()  # reads; what is written stays in the cache until others need its place
+        if before is not None:
+            before()
         if several:  # devices wait for each other, their hosts do not
             dist.all_reduce(arrived)
         start.record()

@@ -24,7 +24,7 @@ WARPS = (1, 2, 4, 8)
 # Elements: fewer load too little at a time (one warp may), more do not fit its registers.
 LEAST_OF_THREAD, MOST_OF_THREAD = 8, 64
 CHANNELS_OF_TILE = (32, 64, 128)  # channels last: 64 bytes of a row and more
-PROGRAMS_OF_MULTIPROCESSOR = (2, 4, 8)
+WARPS_OF_MULTIPROCESSOR = (8, 16, 32)
 # Of a tile or a flat block: up to here the writers' division by a reciprocal is exact.
 MOST_ELEMENTS_OF_TILE = 1 << 15
 MOST_CHANNELS_OF_TILE = 1 << 10  # channels last: the partial sums that are added up at once
@@ -100,4 +100,7 @@ def _splits(job: Job, config: LaunchConfig, multiprocessors: int) -> list[int]:
     if job.bucket.kernel in WRITERS and not job.shape.channels_last:
         return [1, 2]
     blocks = reduction_blocks(job.shape, config)
-    return [max(each * multiprocessors // blocks, 1) for each in PROGRAMS_OF_MULTIPROCESSOR]
+    return [
+        max(warps * multiprocessors // (config.num_warps * blocks), 1)
+        for warps in WARPS_OF_MULTIPROCESSOR
+    ]

@@ -92,13 +92,13 @@ class FakeGPU:
 
 def test_the_host_does_not_wait_between_samples_of_a_gpu(monkeypatch):
     gpu = FakeGPU()
-    flush = type("Flush", (), {"zero_": lambda self: gpu.log.append("flush")})()
+    flush = type("Flush", (), {"sum": lambda self: gpu.log.append("flush")})()
     monkeypatch.setattr(times.torch, "cuda", gpu)
-    monkeypatch.setattr(times.torch, "empty", lambda *sizes, **options: flush)
-    monkeypatch.setattr(times.torch, "zeros", lambda *sizes, **options: None)
+    monkeypatch.setattr(times.torch, "zeros", lambda *sizes, **options: flush)
     calls = {"call": lambda: gpu.log.append("work")}
-    seconds = times._device_seconds(calls, torch.device("cuda"), 2)
-    sample = ["flush", "event", "work", "event"]
+    before = lambda: gpu.log.append("before")  # noqa: E731
+    seconds = times._device_seconds(calls, torch.device("cuda"), 2, before)
+    sample = ["flush", "before", "event", "work", "event"]
     assert gpu.log == ["synchronize", *sample, *sample, "synchronize"]
     assert seconds == {"call": [1.5e-3, 1.5e-3]}
 

@@ -28,15 +28,19 @@ TINY = [
 ]
 
 
+def forget():
+    """What was read from files."""
+    lookup.cache_clear()
+    tuned_configs._find.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """Where files are written; nothing is remembered from other tests."""
     monkeypatch.setattr(config_file, "FOLDER", tmp_path)
-    lookup.cache_clear()
-    tuned_configs._find.cache_clear()
+    forget()
     yield tmp_path
-    lookup.cache_clear()
-    tuned_configs._find.cache_clear()
+    forget()
 
 
 def make_file():
@@ -118,7 +122,8 @@ class Stopwatch:
         self.calls = []
         monkeypatch.setattr(trial, "time_calls", self)
 
-    def __call__(self, functions, device, samples):
+    def __call__(self, functions, device, samples, *, before, **settings):
+        before()
         self.calls.append(list(functions))
         for function in functions.values():
             assert isinstance(function(), torch.Tensor)
@@ -161,6 +166,7 @@ def test_tuned_from_end_to_end(name, layout, monkeypatch, folder):
         }
     }
     monkeypatch.setenv(tuned_configs.VARIABLE, str(folder))
+    forget()
     assert lookup(name, job.shape, torch.float32, CPU) == faster
 
 
