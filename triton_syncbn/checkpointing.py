@@ -62,7 +62,10 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     Raises RuntimeError in backward where the layers of the block come in another order the second
     time.
     """
-    if torch.compiler.is_compiling():  # a checkpoint in a graph takes no contexts but of this kind
+    # As torch's checkpoint asks, which in a graph takes no contexts but of this kind; in torch 2.11
+    # is_compiling() is not true there.
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    if proxy is not None or torch.compiler.is_compiling():
         return create_selective_checkpoint_contexts(
             [
                 torch.ops._c10d_functional.all_reduce.default,

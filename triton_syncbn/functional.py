@@ -112,7 +112,8 @@ def sync_batch_norm(
     is_block = activation is not None or residual is not None
     if is_block:
         residual = _check_block(input, residual, activation)
-    exporting = torch.compiler.is_exporting()
+    # is_exporting() is this, but in a graph that torch 2.11 compiles, where it is always true
+    exporting = torch.compiler._is_exporting_flag
     # Transformed or exported, a layer is made of operators that torch can differentiate.
     in_plain_torch = (
         exporting
