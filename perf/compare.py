@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from layers.cases import BLOCKS, DTYPES, LAYOUTS, read_cases, suites
+from layers.cases import BLOCKS, DTYPES, LAYOUTS, PASSES, read_cases, suites
 from layers.implementations import implementations
 from machine.environment import environment
 from machine.ranks import count_ranks, device_of_rank, is_first_rank, run_on_ranks
@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--dtype", choices=DTYPES, default=dtypes, **several)
     what.add_argument("--layout", choices=LAYOUTS, default=layouts, **several)
     what.add_argument("--block", choices=BLOCKS, default="none", help="what follows the layer")
+    what.add_argument("--pass", dest="passes", choices=PASSES, default=list(PASSES), **several)
     how = parser.add_argument_group("how it is timed")
     how.add_argument("--samples", type=int, default=SAMPLES[device.type], help="%(default)s runs")
     how.add_argument("--cuda-graph", action="store_true", help="time kernels alone, in CUDA graphs")
@@ -89,7 +90,8 @@ def compare(options: argparse.Namespace) -> int:
         if options.model
         else read_cases(options.suite, *kinds, options.block)
     )
-    plan = Plan(options.impl, options.samples, options.cuda_graph)
+    passes = ["step"] if options.model else options.passes
+    plan = Plan(options.impl, options.samples, options.cuda_graph, passes)
     rows = run_on_ranks(measure, cases, plan)
     if not rows:
         sys.exit("nothing could be run")

@@ -9,9 +9,11 @@ stopped goes on with --resume.
 
 import argparse
 import math
+import pathlib
 import sys
 import time
 
+import pandas as pd
 import torch
 import triton
 from layers.cases import DTYPES, LAYOUTS, read_cases, suites
@@ -26,9 +28,16 @@ from tuning.trial import Outcome, try_candidates
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
 
 
-def tune(jobs: list[Job], device: torch.device, file: ConfigFile, budget: float = math.inf) -> int:
+def tune(
+    jobs: list[Job],
+    device: torch.device,
+    file: ConfigFile,
+    budget: float = math.inf,
+    csv: pathlib.Path | None = None,
+) -> int:
     """Tune the buckets that the file does not know yet, until `budget` minutes are over, and write
-    it after each. Returns how many candidates were wrong.
+    it after each; and to `csv`, if there is one, the times of all candidates. Returns how many
+    candidates were wrong.
     """
     end = time.monotonic() + budget * 60
     wrong = 0
@@ -44,7 +53,16 @@ def tune(jobs: list[Job], device: torch.device, file: ConfigFile, budget: float 
         if outcome.default_microseconds > 0:  # not NaN: the default is right
             file.add(job, outcome)
             file.write()
+            if csv is not None:
+                frame_of(job, outcome).to_csv(csv, mode="a", header=not csv.exists(), index=False)
     return wrong
+
+
+def frame_of(job: Job, outcome: Outcome) -> pd.DataFrame:
+    """The first round of a bucket, a row a candidate, the default first."""
+    of_layer = {"bucket": str(job.bucket), "shape": job.case.shape_name, "dtype": job.case.dtype}
+    rows = [{**of_layer, **config._asdict(), "us": us} for config, us in outcome.first.items()]
+    return pd.DataFrame(rows)
 
 
 def describe(job: Job, outcome: Outcome) -> str:
@@ -68,6 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=suites(), default=suites())
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--csv", type=pathlib.Path, help="the times of all candidates, appended")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
@@ -86,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     file = ConfigFile(tuned_configs.device_name(device), f"{target.backend}:{target.arch}")
     if options.resume:
         file.resume()
-    wrong = tune(jobs, device, file, options.budget)
+    wrong = tune(jobs, device, file, options.budget, options.csv)
     return int(wrong > 0)
 
 

@@ -40,16 +40,17 @@ class Job(NamedTuple):
 
 
 def jobs_of(cases: Iterable[Case], kernels: Iterable[str]) -> list[Job]:
-    """A job for each bucket that the layers fall into, in their order; where several layers fall
-    into one, it is tuned on the largest.
+    """A job for each bucket that the layers fall into, in the order of the layers that they are
+    tuned on; where several layers fall into one, that is the largest.
     """
+    cases, kernels = list(cases), list(kernels)
     jobs: dict[Bucket, Job] = {}
-    for kernel, case in itertools.product(kernels, cases):
+    for case, kernel in itertools.product(cases, kernels):
         shape = geometry(case.without_memory())
         job = Job(bucket_of(kernel, shape, DTYPES[case.dtype]), case, shape)
         if jobs.setdefault(job.bucket, job).case.bytes < case.bytes:
             jobs[job.bucket] = job
-    return list(jobs.values())
+    return sorted(jobs.values(), key=lambda job: cases.index(job.case))
 
 
 def candidates(job: Job, multiprocessors: int) -> list[LaunchConfig]:
