@@ -53,24 +53,23 @@ def add_splits(first, second, partials, arrivals, part, channel, sizes):
             channel,
             sizes,
         )
-        if groups > 1:
-            if holds_totals:
-                first, second, holds_totals = add_when_last(
-                    first,
-                    second,
-                    partials + 2 * sizes.channels * part.splits.to(tl.int64),
-                    arrivals + groups,
-                    group,
-                    groups,
-                    channel,
-                    sizes,
-                )
+        if holds_totals & (groups > 1):
+            first, second, holds_totals = add_when_last(
+                first,
+                second,
+                partials + 2 * sizes.channels * part.splits.to(tl.int64),
+                arrivals + groups,
+                group,
+                groups,
+                channel,
+                sizes,
+            )
     return first, second, holds_totals
 
 
 @triton.jit
 def add_when_last(first, second, partials, arrivals, number, count, channel, sizes):
-    """Leave two sums as the ones of `number`; what comes last of `count` gets those of all, added in
+    """Leave two sums as those of `number`; what comes last of `count` gets those of all, added in
     a fixed order. Returns sums, and whether they are of all.
     """
     mine = partials + 2 * sizes.channels * number.to(tl.int64)

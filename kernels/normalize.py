@@ -119,7 +119,7 @@ def normalize_kernel(
     TILING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first programs update the running statistics, if there are moments; the others write y."""
+    """The first programs update running statistics, if there are moments; the others write y."""
     sizes = Sizes(rows, channels, columns)
     updating = 1  # reads the counter that it moves
     if not CUMULATIVE:

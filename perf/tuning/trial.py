@@ -120,8 +120,7 @@ def try_candidates(job: Job, device: torch.device) -> Outcome:
 
     def measure(configs: list[LaunchConfig], samples: int) -> dict[LaunchConfig, float]:
         launches = {config: functools.partial(layer.launch, config) for config in configs}
-        settings = {"warmup": 1, "before": layer.prepare, "of_host": False}
-        times = time_calls(launches, device, samples, **settings)
+        times = time_calls(launches, device, samples, warmup=1, before=layer.prepare, of_host=False)
         return {config: percentiles(seconds.device)[1] for config, seconds in times.items()}
 
     first = measure(right, FIRST_SAMPLES)
