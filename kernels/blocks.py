@@ -106,16 +106,16 @@ def store_gates(gates, z, tile, TILING: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_gates(gates, tile, mask, TILING: tl.constexpr, BLOCK: tl.constexpr):
+def load_gates(gates, tile, TILING: tl.constexpr, BLOCK: tl.constexpr):
     """The gates of a tile as they lie in memory; where there are none, something unused."""
     if BLOCK.gates_of_byte == 0:
         return tile.end
     elif BLOCK.gates_of_byte == 1:
-        return tl.load(gates + tile.offsets, mask=tile.mask & mask, other=0)
+        return tl.load(gates + tile.offsets, mask=tile.mask, other=0)
     else:
         byte = tl.arange(0, TILING.block_columns // 8)[None, :]
         offsets = tile.start // 8 + byte
-        return tl.load(gates + offsets, mask=(byte * 8 < tile.end) & mask, other=0)
+        return tl.load(gates + offsets, mask=byte * 8 < tile.end, other=0)
 
 
 @triton.jit

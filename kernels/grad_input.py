@@ -68,12 +68,13 @@ def grad_input_kernel(
     channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
     if not TILING.channels_last:  # the one block is on its way while coefficients are computed
         tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
-        exists = tl.arange(0, 1)[None, :] < walk.end  # a flat block is one or none
+        # Under a mask that the compiler does not know, it leaves loads where they are.
+        exists = tl.arange(0, 1)[None, :] < walk.end
         mask = tile.mask & exists
         grad = load_for_the_last_time(grad_output, tile.offsets, mask)
         value = load_for_the_last_time(input, tile.offsets, mask)
         added = load_residual(residual, tile, mask, BLOCK)
-        kept = load_gates(gates, tile, exists, TILING, BLOCK)
+        kept = load_gates(gates, tile, TILING, BLOCK)
     mean, variance, count = statistics_of_layer(moments, running_mean, running_var, channel, sizes)
     rstd = inverse_root(variance + eps)
     if moments is None:  # the statistics are fixed: the batch has no part in them
@@ -103,7 +104,7 @@ def grad_input_kernel(
             grad = load_for_the_last_time(grad_output, tile.offsets, mask)
             value = load_for_the_last_time(input, tile.offsets, mask)
             added = load_residual(residual, tile, mask, BLOCK)
-            kept = load_gates(gates, tile, True, TILING, BLOCK)
+            kept = load_gates(gates, tile, TILING, BLOCK)
         deviation = value.to(TILING.compute) - mean_high
         z = before_activation(deviation, scale, z_shift, added, TILING, BLOCK)
         grad_z = gradient_of_z(grad.to(TILING.compute), z, kept, TILING, BLOCK)

@@ -73,7 +73,7 @@ def grad_moments_kernel(
     grad = tl.load(grad_output + tile.offsets, mask=tile.mask, other=0.0)
     value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
     added = load_residual(residual, tile, tile.mask, BLOCK)
-    kept = load_gates(gates, tile, True, TILING, BLOCK)
+    kept = load_gates(gates, tile, TILING, BLOCK)
 
     mean, variance, _count = statistics_of_layer(moments, running_mean, running_var, channel, sizes)
     rstd = inverse_root(variance + eps)
@@ -99,7 +99,7 @@ def grad_moments_kernel(
         grad = tl.load(grad_output + tile.offsets, mask=tile.mask, other=0.0)
         value = tl.load(input + tile.offsets, mask=tile.mask, other=0.0)
         added = load_residual(residual, tile, tile.mask, BLOCK)
-        kept = load_gates(gates, tile, True, TILING, BLOCK)
+        kept = load_gates(gates, tile, TILING, BLOCK)
         grads += this_grad
         products += product
 

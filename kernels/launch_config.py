@@ -20,6 +20,10 @@ VECTORS_OF_THREAD = 4  # 16-byte loads in flight in each thread, of all the tens
 WARPS_OF_PROGRAM = 4
 RESIDENT_WARPS = 16  # of 128 registers per thread: so many fit a multiprocessor of any GPU
 RESIDENT_SMALL_WARPS = 24  # of 80 registers per thread
+RESIDENT_WRITING_WARPS = 32  # which wait for one tile before they ask for the next
+# Side by side in memory: in a reduction few, as programs that share a channel leave partial sums.
+CHANNELS_OF_REDUCTION = 32
+CHANNELS_OF_WRITER = 128
 TILES_OF_OVERHEAD = 2  # what a program costs beside its tiles
 MOST_WAVES = 8
 MOST_ROWS_OF_WARP = 64  # that a flat block touches: their coefficients are held in registers
@@ -34,8 +38,8 @@ class LaunchConfig(NamedTuple):
     program.
 
     A channel, or a block of channels, is split over `splits` programs. The two kernels that write a
-    map walk channels-first memory flat, in blocks of block_columns elements with block_rows 1:
-    there the tensor is split into `splits` equal parts, which are walked side by side.
+    map walk channels-first memory flat, in blocks of block_columns elements with block_rows 1, each
+    of which is a program; there `splits` is 1.
     """
 
     block_rows: int
@@ -79,28 +83,25 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
     """
     tensors_read = 2 if kernel in ("grad_moments", "grad_input") else 1
     elements_of_warp = 32 * max(shape.vector, 4) * VECTORS_OF_THREAD // tensors_read
-    if kernel in REDUCTIONS or shape.channels_last:
+    if kernel in REDUCTIONS:
         if kernel == "moments" and _rows_share_vectors(shape):
             elements_of_warp //= 2
+        elif kernel == "grad_moments" and shape.channels_last and shape.vector == 4:
+            elements_of_warp *= 2
         return _tiles(kernel, shape, elements_of_warp, multiprocessors)
     # Each warp computes the coefficients of its channels anew, so that it takes many elements.
-    if kernel == "grad_input" and shape.aligned and shape.vector >= 4:
-        elements_of_warp *= 2
+    if kernel == "grad_input" and shape.vector >= 4:
+        whole_rows = shape.channels_last or shape.aligned
+        if whole_rows or shape.columns >= 2 * elements_of_warp:
+            elements_of_warp *= 2
+    if shape.channels_last:
+        return _tiles(kernel, shape, elements_of_warp, multiprocessors)
     while elements_of_warp > max(MOST_ROWS_OF_WARP * shape.columns, 32):
         elements_of_warp //= 2
     block = elements_of_warp * WARPS_OF_PROGRAM
     while block > elements_of_warp and shape.elements < 2 * block * multiprocessors:
         block //= 2
-    # Where the channels do not all run at once, the reduction leaves the last of them in the cache,
-    # of every sample. So all samples are walked side by side, from the last channel to the first.
-    before = REDUCTIONS[WRITERS.index(kernel)]
-    reduction = default_config(before, shape, multiprocessors)
-    one_by_one = shape.channels * reduction.splits > slots(
-        before, shape, reduction, multiprocessors
-    )
-    return LaunchConfig(
-        1, block, max(shape.rows, 1) if one_by_one else 1, block // elements_of_warp
-    )
+    return LaunchConfig(1, block, 1, block // elements_of_warp)
 
 
 def _rows_share_vectors(shape: Geometry) -> bool:
@@ -112,8 +113,11 @@ def _rows_share_vectors(shape: Geometry) -> bool:
 
 def slots(kernel: str, shape: Geometry, config: LaunchConfig, multiprocessors: int) -> int:
     """Programs that run at the same time, as far as their registers go."""
-    small = kernel == "moments" and _rows_share_vectors(shape)
-    resident = RESIDENT_SMALL_WARPS if small else RESIDENT_WARPS
+    resident = RESIDENT_WARPS
+    if kernel == "moments" and _rows_share_vectors(shape):
+        resident = RESIDENT_SMALL_WARPS
+    elif kernel == "normalize" and shape.channels_last:
+        resident = RESIDENT_WRITING_WARPS
     return resident // config.num_warps * multiprocessors
 
 
@@ -128,9 +132,8 @@ def _tiles(
     most = elements_of_warp
     if shape.channels_last:
         most *= WARPS_OF_PROGRAM
-        block_columns = min(triton.next_power_of_2(shape.channels), 64)
-        if 0 < shape.channels % 64 <= 32 < shape.channels:
-            block_columns = 32  # fewer lanes without a channel
+        widest = CHANNELS_OF_REDUCTION if kernel in REDUCTIONS else CHANNELS_OF_WRITER
+        block_columns = min(triton.next_power_of_2(shape.channels), widest)
     else:
         longest = max(span_of_row(shape), shape.vector)
         block_columns = min(triton.next_power_of_2(longest), most)
@@ -154,11 +157,11 @@ def _tiles(
 
 
 def fit_splits(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchConfig:
-    """The config with its `splits` made to fit a shape: each program has a tile, none has a chain
-    that is too long, and parts that are walked side by side are samples.
+    """The config with its `splits` made to fit a shape: each program has a tile, and none has a
+    chain that is too long.
     """
     if kernel in WRITERS and not shape.channels_last:
-        return config._replace(splits=max(shape.rows, 1) if config.splits > 1 else 1)
+        return config._replace(splits=1)
     tiles = count_tiles(shape, config.block_rows, config.block_columns)
     fewest = triton.cdiv(tiles, LONGEST_CHAIN) if kernel in REDUCTIONS else 1
     splits = min(max(config.splits, fewest), tiles, MOST_SPLITS)
@@ -194,5 +197,5 @@ def writer_programs(shape: Geometry, config: LaunchConfig) -> tuple[int, int]:
     """How many programs write a map, and 2**32 / columns rounded up, which divides by columns."""
     if shape.channels_last:
         return triton.cdiv(shape.channels, config.block_columns) * config.splits, 0
-    blocks_of_split = triton.cdiv(triton.cdiv(shape.elements, config.block_columns), config.splits)
-    return blocks_of_split * config.splits, triton.cdiv(2**32, max(shape.columns, 2))
+    blocks = triton.cdiv(shape.elements, config.block_columns)
+    return blocks, triton.cdiv(2**32, max(shape.columns, 2))

@@ -52,14 +52,14 @@ def update_running_statistics(
     num_batches_tracked,
     moments,
     momentum,
-    program,
     programs,
     sizes,
     CUMULATIVE: tl.constexpr,
 ):
     """r += f * (batch - r), f = momentum or, if CUMULATIVE, 1 / batches so far; nothing moves after
-    an empty batch. Program 0 of these moves the counter of batches.
+    an empty batch. Of the first `programs` each has some channels; program 0 moves the counter.
     """
+    program = tl.program_id(0)
     count = tl.load(moments + 2 * sizes.channels)
     factor = momentum
     if num_batches_tracked is not None:
@@ -135,7 +135,6 @@ def normalize_kernel(
                 num_batches_tracked,
                 moments,
                 factor,
-                tl.program_id(0),
                 updating,
                 sizes,
                 CUMULATIVE,
@@ -145,7 +144,8 @@ def normalize_kernel(
         channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
         if not TILING.channels_last:  # the one block is on its way while coefficients are computed
             tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
-            exists = tl.arange(0, 1)[None, :] < walk.end  # a flat block is one or none
+            # Under a mask that the compiler does not know, it leaves loads where they are.
+            exists = tl.arange(0, 1)[None, :] < walk.end
             mask = tile.mask & exists
             value = load_for_the_last_time(input, tile.offsets, mask)
             added = load_residual(residual, tile, mask, BLOCK)

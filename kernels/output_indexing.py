@@ -15,7 +15,7 @@ from .indexing import Channels, Tile, locate_tile
 
 class Walk(NamedTuple):
     """What a program writes: of a block of channels the tiles `last - step`, for `step` in
-    range(begin, end, splits). A flat block is the tile of a channels-first map.
+    range(begin, end, splits). A flat block is the one tile of a program of a channels-first map.
     """
 
     block: tl.tensor
@@ -26,9 +26,7 @@ class Walk(NamedTuple):
 
 @triton.jit
 def walk_of_program(program, splits, sizes, TILING: tl.constexpr):
-    """Tiles are taken from the end of the tensor to its start; flat blocks, of which a program has
-    one or none, from the ends of `splits` equal parts of the tensor to their starts.
-    """
+    """Tiles and flat blocks are taken from the end of the tensor to its start."""
     if TILING.channels_last:
         blocks = tl.cdiv(sizes.channels, TILING.block_columns)
         block = program % blocks
@@ -37,14 +35,8 @@ def walk_of_program(program, splits, sizes, TILING: tl.constexpr):
         return Walk(block, end - 1, begin, end)
     else:
         elements = sizes.rows.to(TILING.index) * sizes.channels * sizes.columns
-        flat_blocks = tl.cdiv(elements, TILING.block_columns)
-        last = flat_blocks - 1 - program
-        if splits > 1:
-            step = program.to(tl.uint32) // splits.to(tl.uint32)
-            part = program - step.to(tl.int32) * splits
-            last = (splits - part) * tl.cdiv(flat_blocks, splits) - 1 - step.to(tl.int32)
-        end = tl.where(last < flat_blocks, 1, 0)
-        return Walk(0, tl.minimum(last, flat_blocks - 1), 0, end)
+        last = tl.cdiv(elements, TILING.block_columns) - 1 - program
+        return Walk(0, last, 0, tl.where(last >= 0, 1, 0))  # 1, which the compiler does not know
 
 
 @triton.jit

@@ -97,9 +97,9 @@ def _tiles(job: Job) -> Iterator[LaunchConfig]:
 
 
 def _splits(job: Job, config: LaunchConfig, multiprocessors: int) -> list[int]:
-    """How many programs may share a channel, or into how many parts a flat walk is cut."""
+    """How many programs may share a channel."""
     if job.bucket.kernel in WRITERS and not job.shape.channels_last:
-        return [1, 2]
+        return [1]
     blocks = reduction_blocks(job.shape, config)
     return [
         max(warps * multiprocessors // (config.num_warps * blocks), 1)
