@@ -15,6 +15,7 @@ The exit status is 1 if a row is wrong, or slower than --baseline allows.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -31,7 +32,7 @@ from models.networks import NETWORKS
 from models.training import LOSS_TOLERANCE, network_cases
 from report.plots import figure_of_scale, figures_of, save
 from report.regression import check_comparable, describe, regressions
-from report.tables import frame_of, markdown, read_rows, report, text
+from report.tables import frame_of, markdown, read_rows, report, text, write_rows
 
 SAMPLES = {"cuda": 100, "cpu": 25}
 TOLERATED_PERCENT = 5.0  # that a row may be slower than the baseline
@@ -61,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--samples", type=int, default=SAMPLES[device.type], help="%(default)s runs")
     how.add_argument("--cuda-graph", action="store_true", help="time kernels alone, in CUDA graphs")
     output = parser.add_argument_group("what is written")
-    output.add_argument("--csv", **file, help="all rows; the report goes beside it")
+    output.add_argument("--csv", **file, help="all rows, as they come; the report goes beside it")
     output.add_argument("--plots", type=pathlib.Path, metavar="DIR", help="pictures")
     output.add_argument("--baseline", **file, help="rows of an earlier run, to find what is slower")
     options = parser.parse_args(arguments)
@@ -91,7 +92,8 @@ def compare(options: argparse.Namespace) -> int:
         else read_cases(options.suite, *kinds, options.block)
     )
     passes = ["step"] if options.model else options.passes
-    plan = Plan(options.impl, options.samples, options.cuda_graph, passes)
+    keep = functools.partial(write_rows, options.csv, setting) if options.csv else None
+    plan = Plan(options.impl, options.samples, options.cuda_graph, passes, keep)
     rows = run_on_ranks(measure, cases, plan)
     if not rows:
         sys.exit("nothing could be run")
@@ -101,7 +103,7 @@ def compare(options: argparse.Namespace) -> int:
         told = report(frame)
         print(f"\n{told}")
         if options.csv:
-            write_rows(frame, options.csv)
+            print(f"{len(frame)} rows written to {options.csv}.")
             options.csv.with_suffix(".md").write_text(f"{told}\n", encoding="utf-8")
         if options.plots:
             print(save(figures_of(frame), options.plots))
@@ -117,7 +119,9 @@ def compare_scale(options: argparse.Namespace) -> int:
     print(f"Bytes that a rank receives in forward, by formula, {CHANNELS} channels:\n")
     print(markdown(text(table, ",.0f")))
     if options.csv:
-        write_rows(table, options.csv)
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(options.csv, index=False)
+        print(f"{len(table)} rows written to {options.csv}.")
     if options.plots:
         print(save(figure_of_scale(table), options.plots))
     return 0
@@ -131,13 +135,6 @@ def read_baseline(file: pathlib.Path, setting: dict[str, Any]) -> pd.DataFrame:
     except (OSError, KeyError, ValueError) as error:
         sys.exit(f"--baseline: {error}")
     return baseline
-
-
-def write_rows(frame: pd.DataFrame, file: pathlib.Path) -> None:
-    """Write a CSV file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(file, index=False, float_format="%.10g")
-    print(f"{len(frame)} rows written to {file}.")
 
 
 if __name__ == "__main__":

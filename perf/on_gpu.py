@@ -1,7 +1,8 @@
 """All that a GPU is needed for, one step after the other, into a folder: tests, times, configs.
 
-What matters most comes first, each step ends by a limit of time, and none waits for another to
-succeed: a machine that is lent for minutes tells what it can. `--list` shows the steps with no GPU.
+Each step ends by a limit of time, and none waits for another to succeed. `--quick` leaves out what
+is not needed to see whether a goal is reached, for a machine that is lent for a quarter of an hour.
+`--list` shows the steps with no GPU.
 The exit status is 2 if something is missing, 1 if a step failed.
 """
 
@@ -25,28 +26,43 @@ MODELS = (
 )
 
 
+QUICK = "--impl torch_batchnorm torch_syncbn triton_syncbn --pass both --samples 10"
+
+
 class Step(NamedTuple):
     """A command of Python, run in the checkout; its output goes to OUT/name.txt."""
 
     name: str
-    minutes: int  # after which it is stopped
+    minutes: float  # after which it is stopped
     arguments: str  # {out} stands for the folder
+    quick: str = QUICK  # more arguments of a quick run, which count
+    quick_minutes: float = 1.5
 
     def command(self, out: pathlib.Path) -> list[str]:
         """As a process gets it."""
         return [sys.executable, *(word.format(out=out) for word in shlex.split(self.arguments))]
 
+    def made_quick(self) -> "Step":
+        """The step of a quick run."""
+        return Step(self.name, self.quick_minutes, f"{self.arguments} {self.quick}".strip())
+
 
 STEPS = (
-    Step("versions", 1, "-m torch.utils.collect_env"),
-    Step("tests", 10, "-m pytest -m gpu -q"),
-    Step("rows", 20, f"{COMPARE} --csv {{out}}/rows.csv --plots {{out}}"),
-    Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv"),
-    Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv"),
+    Step("versions", 1, "-m torch.utils.collect_env", ""),
     Step("graphs", 20, f"{COMPARE} --cuda-graph --csv {{out}}/graphs.csv"),
+    Step("rows", 20, f"{COMPARE} --csv {{out}}/rows.csv"),
+    Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv"),
+    Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv"),
+    Step("tests", 15, "-m pytest -m gpu -q --numprocesses 8", "tests/gpu"),
     Step("models", 15, f"{MODELS} --csv {{out}}/models.csv"),
-    Step("tune", 35, "perf/tune.py --resume --budget 30"),
-    Step("tuned", 20, f"{COMPARE} --csv {{out}}/tuned.csv"),
+    Step(
+        "tune",
+        35,
+        "perf/tune.py --csv {out}/candidates.csv --budget 30",
+        quick="--budget 2.5",
+        quick_minutes=3,
+    ),
+    Step("tuned", 20, f"{COMPARE} --cuda-graph --csv {{out}}/tuned.csv"),
 )
 
 
@@ -99,12 +115,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=pathlib.Path, nargs="?", help="folder for what is written")
     names = [step.name for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
+    parser.add_argument("--quick", action="store_true", help="a dozen minutes at most")
     parser.add_argument("--list", action="store_true", help="show the steps and their limits")
     options = parser.parse_args(arguments)
     steps = [step for step in STEPS if step.name in options.only]
+    if options.quick:
+        steps = [step.made_quick() for step in steps]
     if options.list:
         for step in steps:
-            print(f"{step.name:10} {step.minutes:3} min at most: python {step.arguments}")
+            print(f"{step.name:10} {step.minutes:4g} min at most: python {step.arguments}")
         return 0
     if options.out is None:
         parser.exit(2, "make gpu: expected a folder to write to: make gpu OUT=folder\n")

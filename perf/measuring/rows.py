@@ -3,7 +3,7 @@ device, then how long it takes.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     samples: int  # of each implementation and pass
     cuda_graph: bool = False
     passes: Sequence[str] = PASSES
+    keep: Callable[[list[dict[str, Any]]], None] | None = None  # the rows so far, after each case
 
 
 def measure(place: Place, cases: list[Case], plan: Plan) -> list[dict[str, Any]]:
@@ -50,6 +51,8 @@ def measure(place: Place, cases: list[Case], plan: Plan) -> list[dict[str, Any]]
                     bytes_per_second = case.bytes_of_pass(key[1]) / (figures["us_p50"] * 1e-6)
                     rows[key]["copy_fraction"] = bytes_per_second / roof
             measured += [{**row, "copy_bytes_per_s": roof} for row in rows.values()]
+            if plan.keep is not None and place.rank == 0:
+                plan.keep(measured)
     return measured
 
 

@@ -25,6 +25,12 @@ def frame_of(rows: list[dict[str, Any]], setting: dict[str, Any]) -> pd.DataFram
     return frame.astype(dict.fromkeys(["samples", *COUNTED], "Int64"))
 
 
+def write_rows(file: pathlib.Path, setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the rows, all or those that there are so far, as a CSV file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    frame_of(rows, setting).to_csv(file, index=False, float_format="%.10g")
+
+
 def read_rows(file: pathlib.Path) -> pd.DataFrame:
     """The rows of a file; versions stay text, as 13.10 is not 13.1."""
     return pd.read_csv(file, dtype=dict.fromkeys([*VERSIONS, "commit"], str))

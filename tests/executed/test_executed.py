@@ -63,7 +63,7 @@ def test_order_and_approximations_leave_maps_as_they_are(outcomes):
     """To the last bit: threads of a map depend on no other, and Newton's steps end where they do,
     whichever guess they begin with. But for a smooth activation, whose exponential is the GPU's.
     """
-    done = [o for o in outcomes[90].result() if o.variant.activation != "silu"]
+    done = [o for o in outcomes[90].result() if "silu" not in o.variant]
     errors = [e for o in done for e in o.errors if e.what in ("y", "dx")]
     assert not [e for e in errors if not e.identical and e.dtype != "float64"]
 

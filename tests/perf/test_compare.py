@@ -12,7 +12,7 @@ import torch
 from layers import cases
 from layers.implementations import IMPLEMENTATIONS, Implementation, implementations
 from machine import ranks
-from measuring import scale
+from measuring import rows, scale
 from report.tables import COLUMNS
 
 import triton_syncbn
@@ -31,10 +31,29 @@ def run_alone(monkeypatch, plain_torch):
 def test_blocks_are_compared_whole(block, run_alone, tmp_path):
     file = tmp_path / "rows.csv"
     assert run_alone("--block", block, "--dtype", "fp32", "bf16", "--csv", file) == 0
-    rows = pd.read_csv(file)
-    assert set(rows.block) == {block}
-    assert (rows.error_over_tolerance <= 1).all()
-    assert set(rows.impl) == set(implementations(torch.device("cpu")))
+    frame = pd.read_csv(file)
+    assert set(frame.block) == {block}
+    assert (frame.error_over_tolerance <= 1).all()
+    assert set(frame.impl) == set(implementations(torch.device("cpu")))
+
+
+def test_rows_are_kept_as_they_come(run_alone, tmp_path, monkeypatch):
+    """What was measured until somebody stops it."""
+    file = tmp_path / "rows.csv"
+    figures_of, seen = rows.figures_of, []
+
+    def until_stopped(place, calls, plan):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(len(calls))
+        return figures_of(place, calls, plan)
+
+    monkeypatch.setattr(rows, "figures_of", until_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_alone("--dtype", "fp32", "bf16", "--csv", file)
+    kept = pd.read_csv(file)
+    assert len(kept) == seen[0] > 0
+    assert (kept.us_p50 > 0).all()
 
 
 @pytest.mark.slow
