@@ -1,5 +1,6 @@
 """Add up the sums of programs that share a channel, in the same launch and in a fixed order."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -111,9 +112,7 @@ def workspace(
     """
     if splits == 1:
         return None, None
-    groups = triton.cdiv(splits, MEMBERS.value) if splits > 2 * MEMBERS.value else 1
-    size = 2 * (splits + groups) * channels
-    counters = blocks * (groups + 1)
+    size, counters = _sizes(channels, blocks, splits)
     index = stream = None
     if input.is_cuda:
         index = input.device.index
@@ -127,6 +126,13 @@ def workspace(
     if size > MOST_KEPT:
         partials = input.new_empty(size, dtype=torch.float64)
     return partials, arrivals
+
+
+@functools.cache
+def _sizes(channels: int, blocks: int, splits: int) -> tuple[int, int]:
+    """Partial sums and arrivals of a launch."""
+    groups = triton.cdiv(splits, MEMBERS.value) if splits > 2 * MEMBERS.value else 1
+    return 2 * (splits + groups) * channels, blocks * (groups + 1)
 
 
 def _new_workspace(

@@ -9,6 +9,8 @@ The blocks are walked from the end of the tensor: what the moments kernel read l
 cache.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -174,6 +176,12 @@ def normalize_kernel(
             tl.store(output + tile.offsets, result, mask=mask)
 
 
+@functools.cache
+def _updating(channels: int, cumulative: bool) -> int:
+    """Programs that update running statistics."""
+    return 1 if cumulative else max(triton.cdiv(channels, CHANNELS_OF_STATISTICS.value), 1)
+
+
 def normalize(
     input: torch.Tensor,
     moments: torch.Tensor | None,
@@ -196,12 +204,9 @@ def normalize(
     plan = plan_of("normalize", input, config, residual is not None or gates is not None)
     output = torch.empty_like(input)
     mean, var, num_batches_tracked, momentum = running
-    updating = 1
-    if momentum is not None:
-        updating = max(triton.cdiv(input.shape[1], CHANNELS_OF_STATISTICS.value), 1)
     launch(
         normalize_kernel,
-        plan.programs + updating,
+        plan.programs + _updating(input.shape[1], momentum is None),
         plan,
         (output, input, moments, weight, bias, mean, var, num_batches_tracked, residual, gates),
         (0.0 if momentum is None else momentum, eps),
