@@ -48,12 +48,18 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("versions", 1, "-m torch.utils.collect_env", ""),
+    Step("versions", 1, "-m torch.utils.collect_env", "", 0.5),
     Step("graphs", 20, f"{COMPARE} --cuda-graph --csv {{out}}/graphs.csv"),
     Step("rows", 20, f"{COMPARE} --csv {{out}}/rows.csv"),
     Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv"),
     Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv"),
-    Step("tests", 15, "-m pytest -m gpu -q --numprocesses 8", "tests/gpu"),
+    Step(
+        "tests",
+        15,
+        "-m pytest -m gpu -q --numprocesses 8",
+        quick="tests/gpu tests/kernels/test_kernels.py tests/kernels/test_blocks.py",
+        quick_minutes=2.5,
+    ),
     Step("models", 15, f"{MODELS} --csv {{out}}/models.csv"),
     Step(
         "tune",
