@@ -40,23 +40,53 @@ def block_of(operands: BlockOperands, input: torch.Tensor) -> Block:
     gates_of_byte = 0
     if gates is not None:
         gates_of_byte = 1 if gates.numel() == input.numel() else 8
-    return _block(activation, slope, residual is not None, gates_of_byte)
+    in_float32 = input.dtype == torch.float32
+    return _block(activation, slope, residual is not None, gates_of_byte, in_float32)
 
 
 @functools.cache
-def _block(activation: str | None, slope: float, residual: bool, gates_of_byte: int) -> Block:
+def _block(
+    activation: str | None, slope: float, residual: bool, gates_of_byte: int, in_float32: bool
+) -> Block:
     if activation is None:
         return Block(None, None, 0.0, False, residual, 0)
     value, derivative, takes_slope, gated = ACTIVATIONS[activation]
     slope = slope if takes_slope else 0.0
-    return Block(_jitted(value), _jitted(derivative), slope, gated, residual, gates_of_byte)
+    activate, derivative = (_jitted(function, in_float32) for function in (value, derivative))
+    return Block(activate, derivative, slope, gated, residual, gates_of_byte)
 
 
 @functools.cache
-def _jitted(function: types.FunctionType) -> Any:
-    """A function of activations.py for Triton: its text, with Triton's functions for torch's."""
-    names = {"tl": tl, "erf": erf, "exp": exp, "where": where}
+def _jitted(function: types.FunctionType, in_float32: bool) -> Any:
+    """A function of activations.py for Triton: its text, with Triton's functions for torch's.
+
+    Triton's `/` is off by up to two units in the last place of float32, which is nothing in a map
+    of half precision, and more than torch's operators in one of float32.
+    """
+    quotients = (div_rounded, reciprocal_rounded) if in_float32 else (div, reciprocal)
+    names = dict(zip(("div", "reciprocal"), quotients, strict=True))
+    names |= {"tl": tl, "erf": erf, "exp": exp, "where": where}
     return triton.jit(types.FunctionType(function.__code__, names, function.__name__))
+
+
+@triton.jit
+def div(x, y):
+    return x / y
+
+
+@triton.jit
+def reciprocal(x):
+    return 1.0 / x
+
+
+@triton.jit
+def div_rounded(x, y):
+    return tl.div_rn(x, y)
+
+
+@triton.jit
+def reciprocal_rounded(x):
+    return tl.div_rn(tl.zeros_like(x) + 1.0, x)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Activations that follow a batch norm: value and derivative of each, written once, for torch and
 for Triton.
 
-The functions below take z and a slope, and use nothing but operators and the three functions
-imported here; `kernels/blocks.py` compiles them with Triton's functions of the same names. To add
+The functions below take z and a slope, and use nothing but operators and the functions imported
+here; `kernels/blocks.py` compiles them with Triton's functions of the same names. To add
 one: a value, a derivative, a line in the table. Where torch has a loop of its own, a line in
 `cpu.blocks` makes it faster on a CPU.
 
@@ -14,7 +14,7 @@ derivative there is that of torch's loops on a GPU: 1, of leaky_relu the slope, 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import erf, exp, where
+from torch import div, erf, exp, reciprocal, where
 
 
 class Activation(NamedTuple):
@@ -59,11 +59,11 @@ def elu_derivative(z, slope):
 
 
 def silu(z, slope):
-    return z / (1.0 + exp(-z))
+    return div(z, 1.0 + exp(-z))
 
 
 def silu_derivative(z, slope):
-    sigmoid = 1.0 / (1.0 + exp(-z))
+    sigmoid = reciprocal(1.0 + exp(-z))
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 

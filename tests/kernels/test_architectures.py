@@ -71,6 +71,23 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(name, builds):
     assert not wrong
 
 
+def divisions_of_silu(dtype: str) -> int:
+    """Correctly rounded ones, in what writes a map."""
+    case = Case("kinds", "", compiled.WHOLE_ROWS, dtype, "channels_first")
+    input = case.without_memory()
+    target, multiprocessors, _ = ARCHITECTURES["sm90"]
+    config = compiled.default_config("normalize", compiled.geometry(input), multiprocessors)
+    flags = compiled.Flags(activation="silu")
+    operands = compiled.operands_without_memory(input, flags)
+    kernel = compiled.compile_kernel("normalize", operands, config, target)
+    return kernel.asm["ptx"].count("div.rn.f32")
+
+
+def test_float32_is_divided_as_torch_does_and_half_precision_faster(compilers):
+    assert compilers.submit(divisions_of_silu, "fp32").result() > 0
+    assert compilers.submit(divisions_of_silu, "bf16").result() == 0
+
+
 def test_odd_rows_are_read_and_written_16_bytes_at_a_time(builds):
     """97 x 97 and 7 x 7 bfloat16 maps start at any address, and yet."""
     odd = [
