@@ -128,7 +128,7 @@ def workspace(
     return partials, arrivals
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _sizes(channels: int, blocks: int, splits: int) -> tuple[int, int]:
     """Partial sums and arrivals of a launch."""
     groups = triton.cdiv(splits, MEMBERS.value) if splits > 2 * MEMBERS.value else 1

@@ -20,10 +20,11 @@ VECTORS_OF_THREAD = 4  # 16-byte loads in flight in each thread, of all the tens
 WARPS_OF_PROGRAM = 4
 RESIDENT_WARPS = 16  # of 128 registers per thread: so many fit a multiprocessor of any GPU
 RESIDENT_SMALL_WARPS = 24  # of 80 registers per thread
-RESIDENT_WRITING_WARPS = 32  # which wait for one tile before they ask for the next
-# Side by side in memory: in a reduction few, as programs that share a channel leave partial sums.
+RESIDENT_WRITING_WARPS = 32  # of 64 registers per thread
+# Of a tile, in channels last. A reduction takes few, as programs that share a channel leave partial
+# sums; a writer as many as leave it no more than a quarter of its lanes without a channel.
 CHANNELS_OF_REDUCTION = 32
-CHANNELS_OF_WRITER = 128
+CHANNELS_OF_WRITER = (128, 64, 32)
 TILES_OF_OVERHEAD = 2  # what a program costs beside its tiles
 MOST_WAVES = 8
 MOST_ROWS_OF_WARP = 64  # that a flat block touches: their coefficients are held in registers
@@ -92,7 +93,7 @@ def default_config(kernel: str, shape: Geometry, multiprocessors: int) -> Launch
     # Each warp computes the coefficients of its channels anew, so that it takes many elements.
     if kernel == "grad_input" and shape.vector >= 4:
         whole_rows = shape.channels_last or shape.aligned
-        if whole_rows or shape.columns >= 2 * elements_of_warp:
+        if whole_rows or shape.columns >= 2 * elements_of_warp * WARPS_OF_PROGRAM:
             elements_of_warp *= 2
     if shape.channels_last:
         return _tiles(kernel, shape, elements_of_warp, multiprocessors)
@@ -132,7 +133,7 @@ def _tiles(
     most = elements_of_warp
     if shape.channels_last:
         most *= WARPS_OF_PROGRAM
-        widest = CHANNELS_OF_REDUCTION if kernel in REDUCTIONS else CHANNELS_OF_WRITER
+        widest = CHANNELS_OF_REDUCTION if kernel in REDUCTIONS else _channels_of_writer(shape)
         block_columns = min(triton.next_power_of_2(shape.channels), widest)
     else:
         longest = max(span_of_row(shape), shape.vector)
@@ -154,6 +155,14 @@ def _tiles(
         (fit_splits(kernel, shape, config._replace(splits=splits)) for splits in filling),
         key=cost,
     )
+
+
+def _channels_of_writer(shape: Geometry) -> int:
+    def lanes_with_a_channel(width: int) -> float:
+        return shape.channels / (triton.cdiv(shape.channels, width) * width)
+
+    widths = (min(width, triton.next_power_of_2(shape.channels)) for width in CHANNELS_OF_WRITER)
+    return max(widths, key=lambda width: min(lanes_with_a_channel(width), 0.75))
 
 
 def fit_splits(kernel: str, shape: Geometry, config: LaunchConfig) -> LaunchConfig:

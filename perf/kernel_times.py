@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from layers.cases import DTYPES, LAYOUTS, Case, read_cases, suites
 from layers.steps import KERNELS
+from machine.environment import environment
 from measuring.rows import copy_bytes_per_second
 from measuring.times import percentiles, time_calls
 from report.tables import markdown
@@ -23,6 +24,10 @@ from triton_syncbn.kernels.indexing import geometry
 from triton_syncbn.kernels.tuned_configs import lookup
 from tuning.trial import KernelOfLayer
 
+COLUMNS = [
+    *("layer", "shape", "dtype", "layout", "kernel"),
+    *("config", "us", "copy_fraction", "error_over_tolerance"),
+]
 MAPS_MOVED = {"moments": 1, "normalize": 2, "grad_moments": 2, "grad_input": 3}
 
 
@@ -31,40 +36,37 @@ def measure(cases: list[Case], device: torch.device, samples: int) -> pd.DataFra
     roof = copy_bytes_per_second(device, samples)
     rows = []
     for case in tqdm(cases, unit="layer", dynamic_ncols=True):
+        shape, dtype = geometry(case.without_memory()), DTYPES[case.dtype]
         for name in KERNELS:
             kernel = KernelOfLayer(name, case, device)
-            dtype = DTYPES[case.dtype]
-            config = lookup(name, geometry(case.without_memory()), dtype, device)
+            config = lookup(name, shape, dtype, device)
+            launch = {name: functools.partial(kernel.launch, config)}
             error = kernel.error_of(config)
-            times = time_calls(
-                {name: functools.partial(kernel.launch, config)},
-                *(device, samples),
-                before=kernel.prepare,
-                of_host=False,
-            )
+            times = time_calls(launch, device, samples, before=kernel.prepare, of_host=False)
             us = percentiles(times[name].device)[1]
-            share = MAPS_MOVED[name] * case.bytes / (us * 1e-6) / roof
-            rows.append(
-                {
-                    **{"layer": case.layer, "shape": case.shape_name, "dtype": case.dtype},
-                    **{"layout": case.layout, "kernel": name, "config": "/".join(map(str, config))},
-                    **{"us": us, "copy_fraction": share, "error_over_tolerance": error},
-                }
-            )
-    return pd.DataFrame(rows)
+            moved = MAPS_MOVED[name] * case.bytes / (us * 1e-6)
+            layer = [case.layer, case.shape_name, case.dtype, case.layout]
+            rows.append([*layer, name, "/".join(map(str, config)), us, moved / roof, error])
+    return pd.DataFrame(rows, columns=COLUMNS).assign(
+        copy_bytes_per_s=roof, **environment(device, world_size=1)
+    )
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """Geometric means of the shares of layers of 8 MB and more."""
+    """Medians of the shares of layers of 8 MB and more."""
     sizes = frame["shape"].map(lambda shape: math.prod(map(int, shape.split("x"))))
     large = frame[sizes * frame.dtype.map(lambda dtype: DTYPES[dtype].itemsize) >= 8e6]
     if large.empty:
         return "No layer has 8 MB."
-    shares = large.assign(log=large.copy_fraction.map(math.log)).pivot_table(
-        index=["dtype", "layout"], columns="kernel", values="log", sort=False
+    shares = large.pivot_table(
+        index=["dtype", "layout"],
+        columns="kernel",
+        values="copy_fraction",
+        aggfunc="median",
+        sort=False,
     )
-    table = shares.map(lambda log: f"{math.exp(log):.2f}").reset_index()
-    return f"Bytes a second, over those of a copy, of layers of 8 MB and more:\n\n{markdown(table)}"
+    table = shares.map("{:.2f}".format).reset_index()
+    return f"Bytes a second, over those of a copy; medians, 8 MB and more:\n\n{markdown(table)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

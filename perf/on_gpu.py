@@ -7,8 +7,10 @@ The exit status is 2 if something is missing, 1 if a step failed.
 """
 
 import argparse
+import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from machine.environment import ROOT
-from report.goals import goals, goals_text
+from report.goals import goals, goals_text, layers_measured
+from triton_syncbn.kernels import tuned_configs
 
 LEAST_CAPABILITY = (7, 5)  # Triton's
 COMPARE = "perf/compare.py --dtype bf16 fp32 --layout channels_first channels_last"
@@ -35,8 +38,8 @@ class Step(NamedTuple):
     name: str
     minutes: float  # after which it is stopped
     arguments: str  # {out} stands for the folder
-    quick: str = QUICK  # more arguments of a quick run, which count
-    quick_minutes: float = 1.5
+    quick: str = QUICK  # arguments that are added, and override others, in a quick run
+    quick_minutes: float = 1.0  # 0: left out
 
     def command(self, out: pathlib.Path) -> list[str]:
         """As a process gets it."""
@@ -49,22 +52,22 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("versions", 1, "-m torch.utils.collect_env", "", 0.5),
-    Step("graphs", 20, f"{COMPARE} --cuda-graph --csv {{out}}/graphs.csv"),
+    Step("graphs", 20, f"{COMPARE} --cuda-graph --csv {{out}}/graphs.csv", QUICK, 3),  # compiles
     Step("rows", 20, f"{COMPARE} --csv {{out}}/rows.csv"),
-    Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv"),
-    Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv"),
+    Step("add_relu", 20, f"{COMPARE} --block add_relu --csv {{out}}/add_relu.csv", QUICK, 2.5),
+    Step("relu", 20, f"{COMPARE} --block relu --csv {{out}}/relu.csv", QUICK, 0),
     Step(
         "tests",
         15,
-        "-m pytest -m gpu -q --numprocesses 8",
+        "-m pytest -m gpu -q --numprocesses 8 --dist loadgroup",
         quick="tests/gpu tests/kernels/test_kernels.py tests/kernels/test_blocks.py",
         quick_minutes=2.5,
     ),
-    Step("models", 15, f"{MODELS} --csv {{out}}/models.csv"),
+    Step("models", 15, f"{MODELS} --csv {{out}}/models.csv", QUICK, 1.5),
     Step(
         "tune",
         35,
-        "perf/tune.py --csv {out}/candidates.csv --budget 30",
+        "perf/tune.py --out {out} --csv {out}/candidates.csv --budget 30",
         quick="--budget 2.5",
         quick_minutes=3,
     ),
@@ -89,23 +92,29 @@ def missing() -> str | None:
 
 
 def run(steps: list[Step], out: pathlib.Path) -> list[str]:
-    """Run the steps; a line of each, as printed. Those that failed begin with FAIL."""
+    """Run the steps; a line of each, as printed. Those that failed begin with FAIL. Configs that a
+    step leaves in the folder are those of the steps after it.
+    """
     lines = []
+    env = os.environ | {tuned_configs.VARIABLE: str(out)}
     for step in steps:
         start = time.monotonic()
         with (out / f"{step.name}.txt").open("w", encoding="utf-8") as output:
             print(f"{step.name} ...", flush=True)
+            process = subprocess.Popen(
+                step.command(out),
+                cwd=ROOT,
+                env=env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                status: object = subprocess.run(
-                    step.command(out),
-                    cwd=ROOT,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    check=False,
-                    timeout=step.minutes * 60,
-                ).returncode
+                status: object = process.wait(step.minutes * 60)
             except subprocess.TimeoutExpired:
-                status = f"stopped after {step.minutes} minutes"
+                os.killpg(process.pid, signal.SIGKILL)  # and those that it has started
+                process.wait()
+                status = f"stopped after {step.minutes:g} minutes"
         seconds = time.monotonic() - start
         verdict = "ok" if status == 0 else f"FAIL ({status})"
         lines.append(f"{verdict}: {step.name}, {seconds:.0f} s, {output.name}")
@@ -121,12 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=pathlib.Path, nargs="?", help="folder for what is written")
     names = [step.name for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
-    parser.add_argument("--quick", action="store_true", help="a dozen minutes at most")
+    parser.add_argument("--quick", action="store_true", help="a quarter of an hour at most")
     parser.add_argument("--list", action="store_true", help="show the steps and their limits")
     options = parser.parse_args(arguments)
     steps = [step for step in STEPS if step.name in options.only]
     if options.quick:
-        steps = [step.made_quick() for step in steps]
+        steps = [step.made_quick() for step in steps if step.quick_minutes]
     if options.list:
         for step in steps:
             print(f"{step.name:10} {step.minutes:4g} min at most: python {step.arguments}")
@@ -138,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     lines = run(steps, out)
-    table = goals_text(goals(out))
+    table = goals_text(goals(out)) + layers_measured(out)
     (out / "goals.md").write_text(table, encoding="utf-8")
     print(table)
     return int(any(line.startswith("FAIL") for line in lines))

@@ -12,6 +12,7 @@ import math
 import pathlib
 import sys
 import time
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from triton_syncbn.kernels import tuned_configs
 from triton_syncbn.kernels.launch_config import multiprocessors
 from tuning.candidates import Job, candidates, jobs_of
-from tuning.config_file import ConfigFile
+from tuning.config_file import FOLDER, ConfigFile
 from tuning.trial import Outcome, try_candidates
 
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
@@ -86,7 +87,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=suites(), default=suites())
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--csv", type=pathlib.Path, help="the times of all candidates, appended")
+    file: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
+    parser.add_argument("--csv", **file, help="the times of all candidates")
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER, metavar="DIR")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
@@ -102,9 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
         return list_candidates(jobs)
     device = torch.device("cuda", torch.cuda.current_device())
     target = triton.runtime.driver.active.get_current_target()
-    file = ConfigFile(tuned_configs.device_name(device), f"{target.backend}:{target.arch}")
+    arch = f"{target.backend}:{target.arch}"
+    file = ConfigFile(tuned_configs.device_name(device), arch, options.out)
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
     if options.resume:
-        file.resume()
+        try:
+            file.resume()
+        except ValueError as error:
+            sys.exit(str(error))
+    elif options.csv:
+        options.csv.unlink(missing_ok=True)
     wrong = tune(jobs, device, file, options.budget, options.csv)
     return int(wrong > 0)
 

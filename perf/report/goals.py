@@ -5,7 +5,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import pandas as pd
-from layers.cases import DTYPES
+from layers.cases import DTYPES, LAYOUTS, read_cases, suites
 
 STOCK, OURS, BOUND = "torch_syncbn", "triton_syncbn", "torch_batchnorm"
 LAYER = ["layer", "shape", "dtype", "layout", "block"]
@@ -18,7 +18,7 @@ class Goal(NamedTuple):
     """A figure of forward + backward: what it is to be, and what was measured."""
 
     figure: str
-    file: str
+    file: str  # without its suffix
     goal: float
     at_least: bool
     measured: float  # NaN where the file is missing
@@ -37,10 +37,12 @@ def goals(folder: pathlib.Path) -> list[Goal]:
     """Each goal, with what the files that on_gpu.py writes into a folder say. What hangs on kernels
     alone is read from CUDA graphs, as tuned, if they were measured again.
     """
-    kernels = "tuned" if (folder / "tuned.csv").exists() else "graphs"
-    rows, relu, add_relu, graphs = (
-        _both(folder / f"{name}.csv") for name in ("rows", "relu", "add_relu", kernels)
+    rows, relu, add_relu, graphs, tuned = (
+        _both(folder / f"{name}.csv") for name in ("rows", "relu", "add_relu", "graphs", "tuned")
     )
+    kernels = "graphs"
+    if len(tuned) >= max(len(graphs), 1):  # else it was stopped
+        kernels, graphs = "tuned", tuned
     bytes_of_map = pd.Series(list(map(_bytes, graphs.index)), graphs.index, float)
     times, host = rows.get("us_p50"), rows.get("host_us")
     copied = None if graphs.empty else graphs["copy_fraction"][OURS]
@@ -83,11 +85,22 @@ def goals_text(found: list[Goal]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def layers_measured(folder: pathlib.Path) -> str:
+    """How many layers each file has: fewer than there are where it was stopped."""
+    layers = len(read_cases(suites(), ["bf16", "fp32"], list(LAYOUTS)))
+    found = {file.name: len(_both(file)) for file in sorted(folder.glob("*.csv"))}
+    counts = ", ".join(f"{count} in {name}" for name, count in found.items() if count)
+    return f"\nOf {layers} layers {counts or 'none'}.\n"
+
+
 def _both(file: pathlib.Path) -> pd.DataFrame:
     """Forward + backward: a row per layer, columns (figure, implementation)."""
     if not file.exists():
         return pd.DataFrame()
-    frame = pd.read_csv(file).query("`pass` == 'both'")
+    frame = pd.read_csv(file)
+    if "pass" not in frame:
+        return pd.DataFrame()
+    frame = frame[frame["pass"] == "both"]
     return frame.pivot(index=LAYER, columns="impl", values=FIGURES)
 
 

@@ -1,5 +1,6 @@
 """The report: a line a layer and pass, means over layers, counts, and what they mean."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -28,7 +29,9 @@ def frame_of(rows: list[dict[str, Any]], setting: dict[str, Any]) -> pd.DataFram
 def write_rows(file: pathlib.Path, setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write the rows, all or those that there are so far, as a CSV file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    frame_of(rows, setting).to_csv(file, index=False, float_format="%.10g")
+    unfinished = file.with_suffix(".unfinished")  # whoever is stopped leaves a file that is whole
+    frame_of(rows, setting).to_csv(unfinished, index=False, float_format="%.10g")
+    os.replace(unfinished, file)
 
 
 def read_rows(file: pathlib.Path) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 from typing import Any
 
 import triton
@@ -17,8 +18,8 @@ FOLDER = ROOT / "kernels" / "configs"
 class ConfigFile:
     """The file of a GPU: entries, and buckets where the default stays."""
 
-    def __init__(self, name: str, arch: str) -> None:
-        self.path = FOLDER / tuned_configs.file_name(name)
+    def __init__(self, name: str, arch: str, folder: pathlib.Path | None = None) -> None:
+        self.path = (folder or FOLDER) / tuned_configs.file_name(name)
         self.made_by = {
             "schema": tuned_configs.SCHEMA,
             "device": name,

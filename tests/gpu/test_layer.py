@@ -93,6 +93,7 @@ def test_large_maps(shape, layout, dtype):
     assert oracle.relative_error(actual.grad_input, exact.grad_input) <= 5e-6
 
 
+@pytest.mark.xdist_group("much memory")  # one at a time
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_more_than_2_to_the_31_elements(layout):
     """Offsets beyond 32 bits: the last sample is normalized like the first, with the right sums."""

@@ -212,7 +212,8 @@ def test_dtypes_mix(dtype, parameter_dtype, device):
 def test_buffers_are_updated_in_float64(momentum, device):
     """The step towards the batch is rounded once, to the dtype of the buffer; the momentum never.
 
-    257 channels are more than the program that makes it takes at once.
+    257 channels are more than a program takes at once: two share them, or with no momentum one has
+    them all.
     """
     channels = 257
     input = random((8, channels, 2), torch.float32, device, mean=2.0)

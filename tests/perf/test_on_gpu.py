@@ -12,7 +12,16 @@ import pytest
 import torch
 from layers.implementations import implementations
 from machine.environment import ROOT
-from report.goals import BOUND, FIGURES, LAYER, OURS, STOCK, goals, goals_text
+from report.goals import (
+    BOUND,
+    FIGURES,
+    LAYER,
+    OURS,
+    STOCK,
+    goals,
+    goals_text,
+    layers_measured,
+)
 from report.tables import COLUMNS
 
 # Runs commands as if there were a GPU: each has to end where torch first asks for it.
@@ -54,7 +63,7 @@ def test_every_step_runs_until_it_needs_the_device(tmp_path):
 def test_a_quick_run_takes_a_quarter_of_an_hour_at_most(capsys):
     assert on_gpu.main(["--quick", "--list"]) == 0
     minutes = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-    assert len(minutes) == len(on_gpu.STEPS)
+    assert len(minutes) == len(on_gpu.STEPS) - 1  # blocks of ReLU alone are left out
     assert sum(minutes) <= 15
 
 
@@ -143,6 +152,17 @@ def test_goals_are_held_against_what_was_measured(tmp_path):
     assert "| stock / ours, worst row | ≥ 1.15 | 2 | reached | of 32x64x32x32" in goals_text(
         list(found.values())
     )
+
+
+def test_what_was_stopped_is_seen(tmp_path):
+    whole = rows_of(torch_syncbn=[20] * 3, triton_syncbn=[10] * 3)
+    whole.to_csv(tmp_path / "graphs.csv")
+    whole[whole["shape"] == "32x64x32x32"].to_csv(tmp_path / "tuned.csv")
+    assert all(goal.file != "tuned" for goal in goals(tmp_path))
+    (tmp_path / "candidates.csv").write_text("bucket,us\nmoments,1\n")
+    said = layers_measured(tmp_path)
+    assert "3 in graphs.csv, 1 in tuned.csv" in said
+    assert "candidates" not in said
 
 
 def test_layers_as_tuned_count(tmp_path):
