@@ -23,6 +23,7 @@ from .indexing import Sizes
 from .launch import launch, plan_of
 from .launch_config import LaunchConfig
 from .output_indexing import (
+    block_exists,
     channels_of_walk,
     load_for_the_last_time,
     locate_output_tile,
@@ -68,9 +69,7 @@ def grad_input_kernel(
     channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
     if not TILING.channels_last:  # the one block is on its way while coefficients are computed
         tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
-        # Under a mask that the compiler does not know, it leaves loads where they are.
-        exists = tl.arange(0, 1)[None, :] < walk.end
-        mask = tile.mask & exists
+        mask = tile.mask & block_exists(walk)
         grad = load_for_the_last_time(grad_output, tile.offsets, mask)
         value = load_for_the_last_time(input, tile.offsets, mask)
         added = load_residual(residual, tile, mask, BLOCK)

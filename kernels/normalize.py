@@ -27,6 +27,7 @@ from .indexing import Channels, Sizes
 from .launch import launch, plan_of
 from .launch_config import LaunchConfig
 from .output_indexing import (
+    block_exists,
     channels_of_walk,
     load_for_the_last_time,
     locate_output_tile,
@@ -146,9 +147,7 @@ def normalize_kernel(
         channel, owner = channels_of_walk(walk, sizes, reciprocal, TILING)
         if not TILING.channels_last:  # the one block is on its way while coefficients are computed
             tile = locate_output_tile(walk.last, walk.block, sizes, TILING)
-            # Under a mask that the compiler does not know, it leaves loads where they are.
-            exists = tl.arange(0, 1)[None, :] < walk.end
-            mask = tile.mask & exists
+            mask = tile.mask & block_exists(walk)
             value = load_for_the_last_time(input, tile.offsets, mask)
             added = load_residual(residual, tile, mask, BLOCK)
         mean, variance, _count = statistics_of_layer(
