@@ -88,9 +88,9 @@ def locate_output_tile(number, block, sizes, TILING: tl.constexpr):
 
 @triton.jit
 def block_exists(walk):
-    """Whether there is the flat block of a program, [1, 1]. There is; but the compiler does not know,
-    and so leaves the loads under this mask together. Others it moves down to their uses, and of four
-    loads two are under way at a time.
+    """Whether there is the flat block of a program, [1, 1]. There is; but the compiler does not
+    know, and so it leaves the loads under this mask together. Others it moves down to their uses,
+    and of four loads two are under way at a time.
     """
     return tl.arange(0, 1)[None, :] < walk.end
 
