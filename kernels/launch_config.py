@@ -161,7 +161,9 @@ def _channels_of_writer(shape: Geometry) -> int:
     def lanes_with_a_channel(width: int) -> float:
         return shape.channels / (triton.cdiv(shape.channels, width) * width)
 
-    widths = (min(width, triton.next_power_of_2(shape.channels)) for width in CHANNELS_OF_WRITER)
+    # In float64 the coefficients of 128 channels are too many for the registers of an sm120.
+    chosen = CHANNELS_OF_WRITER if shape.vector >= 4 else CHANNELS_OF_WRITER[1:]
+    widths = (min(width, triton.next_power_of_2(shape.channels)) for width in chosen)
     return max(widths, key=lambda width: min(lanes_with_a_channel(width), 0.75))
 
 
