@@ -1,7 +1,7 @@
 """Compile what layers launch on a GPU, on a machine without one, for one that is lent for minutes.
 
-    python perf/compile_ahead.py --out cache --at /tmp/cache   # here; then the folder is moved
-    TRITON_CACHE_DIR=/tmp/cache make gpu OUT=results           # there
+    python perf/compile_ahead.py --out cache --at FOLDER   # here; then it is moved to FOLDER there
+    TRITON_CACHE_DIR=FOLDER make gpu OUT=results           # there
 
 Triton finds there what was compiled here if its wheel is the same in both places. Compiled are the
 layers of shapes.csv alone, with ReLU, and with an add and ReLU; with --tune all candidates, too.
@@ -19,21 +19,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from compiler.builds import compilers
+from compiler.builds import compilers, config_of
 from compiler.compiling import Flags, compile_kernel, operands_without_memory
 from compiler.targets import ARCHITECTURES
 from layers.cases import DTYPES, LAYOUTS, Case, read_cases, suites
 from layers.steps import KERNELS
 from tqdm import tqdm
 from triton_syncbn.kernels.indexing import geometry
-from triton_syncbn.kernels.launch_config import (
-    WRITERS,
-    LaunchConfig,
-    default_config,
-    fit_splits,
-    tile_beside_residual,
-    tiling,
-)
+from triton_syncbn.kernels.launch_config import WRITERS, LaunchConfig, tiling
 from tuning.candidates import candidates, jobs_of
 
 BLOCKS = (Flags(), Flags(activation="relu"), Flags(activation="relu", residual=True))
@@ -63,14 +56,8 @@ def launches(cases: list[Case], multiprocessors: int, tune: bool) -> list[Launch
 
 def _all_launches(cases: list[Case], multiprocessors: int, tune: bool) -> Iterator[Launch]:
     for case, kernel in itertools.product(cases, KERNELS):
-        input = case.without_memory()
-        shape = geometry(input)
         for flags in BLOCKS[:1] if kernel == "moments" else BLOCKS:
-            config = default_config(kernel, shape, multiprocessors)
-            if flags.residual:
-                config = tile_beside_residual(shape, config, input.dtype.itemsize)
-                config = fit_splits(kernel, shape, config)
-            yield Launch(kernel, case, flags, config)
+            yield Launch(kernel, case, flags, config_of(kernel, case, flags, multiprocessors))
     for job in jobs_of(cases, KERNELS) if tune else ():
         for config in candidates(job, multiprocessors):
             yield Launch(job.bucket.kernel, job.case, BLOCKS[0], config)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from triton_syncbn.kernels import tuned_configs
 from triton_syncbn.kernels.launch_config import multiprocessors
 from tuning.candidates import Job, candidates, jobs_of
-from tuning.config_file import FOLDER, ConfigFile
+from tuning.config_file import ConfigFile
 from tuning.trial import Outcome, try_candidates
 
 MULTIPROCESSORS_OF_DRY_RUN = 132  # of an H100 or H200, where there is no GPU to ask
@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     file: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
     parser.add_argument("--csv", **file, help="the times of all candidates")
-    parser.add_argument("--out", type=pathlib.Path, default=FOLDER, metavar="DIR")
+    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="not kernels/configs")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():

@@ -12,7 +12,12 @@ from unittest import mock
 import torch
 from layers.cases import DTYPES, LAYOUTS, Case, read_cases, suites
 from triton_syncbn.kernels.indexing import geometry
-from triton_syncbn.kernels.launch_config import default_config, fit_splits, tile_beside_residual
+from triton_syncbn.kernels.launch_config import (
+    LaunchConfig,
+    default_config,
+    fit_splits,
+    tile_beside_residual,
+)
 
 from compiler.binaries import Resources, resources_of
 from compiler.compiling import Flags, compile_kernel, operands_without_memory
@@ -87,6 +92,17 @@ def all_launches(dtype: str) -> list[Launch]:
     ]
 
 
+def config_of(kernel: str, case: Case, flags: Flags, multiprocessors: int) -> LaunchConfig:
+    """The default config of a launch."""
+    input = case.without_memory()
+    shape = geometry(input)
+    config = default_config(kernel, shape, multiprocessors)
+    if flags.residual and kernel != "moments":
+        config = tile_beside_residual(shape, config, input.dtype.itemsize)
+        config = fit_splits(kernel, shape, config)
+    return config
+
+
 def build_all(name: str, launches: list[Launch]) -> list[Build]:
     """Compile the kernels of launches for an architecture; each different one is in the answer
     once.
@@ -96,10 +112,7 @@ def build_all(name: str, launches: list[Launch]) -> list[Build]:
     for (case, flags), kernel_name in itertools.product(launches, MAPS):
         input = case.without_memory()
         shape = geometry(input)
-        config = default_config(kernel_name, shape, multiprocessors)
-        if flags.residual and kernel_name != "moments":
-            config = tile_beside_residual(shape, config, input.dtype.itemsize)
-            config = fit_splits(kernel_name, shape, config)
+        config = config_of(kernel_name, case, flags, multiprocessors)
         operands = operands_without_memory(input, flags)
         kernel = compile_kernel(kernel_name, operands, config, target)
         if kernel.hash in builds:

@@ -74,11 +74,10 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(name, builds):
 def divisions_of_silu(dtype: str) -> int:
     """Correctly rounded ones, in what writes a map."""
     case = Case("kinds", "", compiled.WHOLE_ROWS, dtype, "channels_first")
-    input = case.without_memory()
     target, multiprocessors, _ = ARCHITECTURES["sm90"]
-    config = compiled.default_config("normalize", compiled.geometry(input), multiprocessors)
     flags = compiled.Flags(activation="silu")
-    operands = compiled.operands_without_memory(input, flags)
+    config = compiled.config_of("normalize", case, flags, multiprocessors)
+    operands = compiled.operands_without_memory(case.without_memory(), flags)
     kernel = compiled.compile_kernel("normalize", operands, config, target)
     return kernel.asm["ptx"].count("div.rn.f32")
 

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Of C++, where a thread is left as a process ends. torch has threads, and leaves one now and then;
 # this library has none.
 THREAD_WAS_LEFT = "terminate called without an active exception"
+MOST_STARTS = 5
 
 
 def start(program: pathlib.Path, *arguments: str, agent: tuple[str, ...]) -> subprocess.Popen[str]:
@@ -45,12 +46,15 @@ def printed(*agents: subprocess.Popen[str]) -> str:
 
 
 def printed_on_two_ranks(program: pathlib.Path, *arguments: str) -> str:
-    """What both print; started again if torch left a thread."""
-    try:
-        return printed(start(program, *arguments, agent=("--standalone",)))
-    except AssertionError as error:
-        if THREAD_WAS_LEFT not in str(error):
-            raise
+    """What both print; started again if torch left a thread, as one time in eight where it shards
+    a model on a busy machine.
+    """
+    for _ in range(MOST_STARTS - 1):
+        try:
+            return printed(start(program, *arguments, agent=("--standalone",)))
+        except AssertionError as error:
+            if THREAD_WAS_LEFT not in str(error):
+                raise
     return printed(start(program, *arguments, agent=("--standalone",)))
 
 
