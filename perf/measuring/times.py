@@ -1,5 +1,6 @@
-"""Times of calls that take turns: all are warmed first, and every turn begins with another one, so
-that clocks and temperature that drift meet all of them alike.
+"""Times of calls that take turns: all are warmed first, and every turn has an order of its own, so
+that clocks and temperature that drift meet all of them alike, and so does what the call before has
+left in caches and in the memory of the process.
 
 On a GPU the device's time is that between two events, its L2 cache flushed before, and the host
 does not wait for the device until all samples are queued. The host's time is taken in turns of its
@@ -7,6 +8,7 @@ own, which begin with an idle device: behind a full queue a launch takes as long
 On a CPU the two are one.
 """
 
+import random
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -84,10 +86,16 @@ def percentiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def turns(names: list[Name], samples: int) -> Iterator[Name]:
-    """Each name once a turn, every turn beginning with another one."""
-    for turn in range(samples):
-        first = turn % max(1, len(names))
-        yield from names[first:] + names[:first]
+    """Each name once a turn, in an order that is drawn for each, the same in all processes. None
+    follows itself; on average each follows each other one as often.
+    """
+    draw, order = random.Random(0), list(names)
+    for _ in range(samples):
+        last = order[-1:]
+        draw.shuffle(order)
+        if order[:1] == last:
+            order.reverse()
+        yield from order
 
 
 def _host_seconds(

@@ -2,6 +2,7 @@
 meet on a core meanwhile.
 """
 
+import collections
 import itertools
 import os
 
@@ -52,8 +53,21 @@ def test_warming_is_not_timed():
     assert measured["call"].device == pytest.approx([0.1, 0.2])
 
 
-def test_every_turn_begins_with_another_call():
-    assert "".join(turns(list("abc"), 4)) == "abcbcacababc"
+def test_a_call_follows_each_other_one_as_often():
+    """What a call leaves in caches and memory is the next one's advantage or loss."""
+    names = list("abcd")
+    order = list(turns(names, 600))
+    assert order == list(turns(names, 600))  # as all ranks must time the same
+    assert all(sorted(order[n : n + 4]) == names for n in range(0, len(order), 4))
+    pairs = collections.Counter(itertools.pairwise(order))
+    assert set(pairs) == set(itertools.permutations(names, 2))
+    assert all(160 <= number <= 240 for number in pairs.values())  # 200 on average
+
+
+@pytest.mark.parametrize(("names", "order"), [("", ""), ("a", "aaa"), ("ab", "ababab")])
+def test_few_calls_take_turns(names, order):
+    assert sorted(turns(list(names), 3)) == sorted(order)
+    assert all(a != b for a, b in itertools.pairwise(turns(list(names), 3))) or len(names) < 2
 
 
 def sleepy_rank(rank, world_size):
