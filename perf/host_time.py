@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from triton_syncbn.kernels import launch_config, launchers
 
 import triton_syncbn
-from triton_syncbn import functional, ops
+from triton_syncbn import ops
 
 SHAPE = (2, 64, 8, 8)
 MULTIPROCESSORS = 132  # of the GPU that there is not: so many programs share a channel
@@ -107,7 +107,6 @@ def no_gpu() -> Iterator[list[int]]:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     with (
         mock.patch.object(ops, "_backend", lambda device_type: launchers),
-        mock.patch.object(functional, "_check_served", lambda device, group: None),  # not of GPUs
         mock.patch.object(launch_config, "multiprocessors", lambda device: MULTIPROCESSORS),
         mock.patch.object(dist, "all_reduce", lambda *arguments, **options: None),
         mock.patch.object(JITFunction, "_do_compile", compile_for_no_driver),

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import groups
+
 # What is sent with debug on has this size or a larger power of two, so that layers which differ in
 # their channels meet in one all_reduce and see it.
 _LEAST_SIZE = 1 << 14
@@ -50,22 +52,30 @@ def all_reduce(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> Ten
     """The sum of a float64 tensor over the ranks of a group; the tensor itself is used up.
 
     Raises RuntimeError with the name of the layer where the group reports an error: a rank that
-    died, that left, or that did not come within the timeout of the group.
+    died, that left, or that did not come within the timeout of the group. And ValueError, before
+    anything is sent, where the group does not serve the device.
     """
     if torch.compiler.is_compiling():
         dist.all_reduce(sums, group=group)
         return sums
     if torch._C._len_torch_dispatch_stack() > 0 and _operators_are_recorded():
         return _all_reduce_as_operator(sums, group.group_name, layer_name, pass_name)
+    return all_reduce_now(sums, group, layer_name, pass_name)
+
+
+def all_reduce_now(sums: Tensor, group: Any, layer_name: str, pass_name: str) -> Tensor:
+    """The same, where nothing compiles or records what is called."""
     try:
-        agreed = _all_reduce_checked(sums, group, layer_name, pass_name) if _checking else None
-        if agreed is None:
+        if not _checking:
             dist.all_reduce(sums, group=group)
+            return sums
+        agreed = _all_reduce_checked(sums, group, layer_name, pass_name)
     except RuntimeError as error:
+        groups.check_served(sums.device, group)  # which takes 2 us, and is why nothing was sent
         raise RuntimeError(
             f"SyncBN layer {layer_name!r}: the all_reduce of its {pass_name} failed: {error}"
         ) from error
-    if agreed is False:
+    if not agreed:
         call = f"its {pass_name}, call {_calls[group.group_name]} of this rank"
         raise RuntimeError(
             f"SyncBN layer {layer_name!r}: in {call}, other ranks are in another layer or another "

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import cpu, differentiable, ops
 from .activations import ACTIVATIONS
 from .checkpointing import keep_sums, take_sums, this_thread
-from .communication import all_reduce
+from .communication import all_reduce, all_reduce_now
 from .cpu import small
 from .operands import BlockOperands, RunningStatistics, by_keyword
 
@@ -23,6 +23,7 @@ class Setting(NamedTuple):
     activation: str | None
     activation_slope: float
     is_of_layer_alone: bool  # neither frozen nor with an activation
+    steps: ops.Steps | None = None  # those to take in forward, if not the operators
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -40,8 +41,6 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @classmethod
     def run(cls, *arguments: Any) -> Tensor:
         """As `apply`, which first looks for arguments that torch.func has left behind."""
-        if torch.compiler.is_compiling():
-            return cls.apply(*arguments)
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
     @staticmethod
@@ -58,29 +57,27 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Normalize (N, C, *spatial), unchecked. buffers: those of `running`, for torch.jit.trace,
         which wants all tensors; else none, as each takes autograd a microsecond.
         """
-        steps = (
-            ops.OPERATORS if buffers else ops.steps_for(input, weight, bias, residual, *running[:3])
-        )
+        steps = ops.OPERATORS if setting.steps is None else setting.steps
         dense = input if steps is ops.OPERATORS else ops.dense(input)
-        ctx.setting = setting
+        ctx.setting, ctx.names = setting, ()
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.in_one_call = (
             setting.group is None
             and setting.is_of_layer_alone
             and residual is None
             and steps.moments is cpu.moments
-            and small.is_small(dense, in_one_call=True)
+            and small.is_small(dense.shape, dense.is_contiguous(), small.LARGEST_IN_ONE_CALL)
         )
         if ctx.in_one_call:
             settings = weight, bias, setting.eps, ops.unless_again(running)
             output, *mean_and_rstd = small.forward(dense, *settings)
             ctx.save_for_backward(input, weight, None, *mean_and_rstd)
-            ctx.names = ()
             return output
         moments = None if setting.frozen else _moments_of_all_ranks(steps, dense, setting)
         if residual is None and running.mean is not None and setting.is_of_layer_alone:
             ctx.save_for_backward(input, weight, moments)
-            ctx.names = ()
+            if steps is not ops.OPERATORS:  # which do it themselves
+                running = ops.unless_again(running)
             return steps.normalize(dense, moments, weight, bias, eps=setting.eps, running=running)
         operands = dense, moments, weight, bias, residual
         output, saved = _normalize_block(steps, *operands, running, setting)
@@ -103,9 +100,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight_dtype = weight.dtype if needs_weight else None
         bias_dtype = ctx.bias_dtype if needs_bias else None
         grad_residual = grad_output if needs_residual else None
-        steps = ops.OPERATORS
-        if torch._C._get_tracing_state() is None:
-            steps = ops.steps_for(grad_output, input, weight, *others)
+        steps = ops.steps_for(grad_output, input, weight, *others)
         if steps is not ops.OPERATORS:
             input = ops.dense(input)
             grad_output = ops.laid_out_like(grad_output, input)
@@ -129,7 +124,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
             )
             if needs_input:
                 if setting.group is not None:
-                    grad_moments = all_reduce(
+                    reduce = all_reduce if steps is ops.OPERATORS else all_reduce_now
+                    grad_moments = reduce(
                         grad_moments, setting.group, setting.layer_name, "backward"
                     )
                 grad_input = steps.grad_input(
@@ -244,14 +240,17 @@ def _moments_again(input: Tensor) -> Tensor:
 
 
 def _moments_of_all_ranks(steps: ops.Steps, input: Tensor, setting: Setting) -> Tensor:
+    group, name = setting.group, setting.layer_name
     local_moments = steps.moments if setting.is_of_layer_alone else steps.moments_block
-    if setting.group is None:
+    if group is None:
         return local_moments(input)
-    compiling = steps is ops.OPERATORS and torch.compiler.is_compiling()
-    if compiling or not this_thread.regions:
-        return all_reduce(local_moments(input), setting.group, setting.layer_name, "forward")
-    moments = take_sums(setting.layer_name)
+    if steps is ops.OPERATORS and torch.compiler.is_compiling():
+        return all_reduce(local_moments(input), group, name, "forward")
+    reduce = all_reduce if steps is ops.OPERATORS else all_reduce_now
+    if not this_thread.regions:
+        return reduce(local_moments(input), group, name, "forward")
+    moments = take_sums(name)
     if moments is None:
-        moments = all_reduce(local_moments(input), setting.group, setting.layer_name, "forward")
-    keep_sums(moments, setting.layer_name)
+        moments = reduce(local_moments(input), group, name, "forward")
+    keep_sums(moments, name)
     return moments

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import differentiable, groups
+from . import differentiable, groups, ops
 from .activations import ACTIVATIONS
 from .function import Setting, SyncBatchNormFunction
 from .operands import RunningStatistics
@@ -87,7 +87,11 @@ def sync_batch_norm(
             nobody change, as with torch's own batch norm.
     """
     _check_tensors(input, running_mean, running_var, weight, bias)
-    group = _group_to_synchronize(process_group, training, input)
+    group = _group_to_synchronize(process_group) if training else None
+    if group is not None and not (input.is_cuda or input.is_cpu or torch.compiler.is_compiling()):
+        groups.check_served(
+            input.device, group
+        )  # on others torch may send nothing, and say nothing
     if num_batches_tracked is None:
         if momentum is None and training and running_mean is not None:
             raise ValueError(
@@ -112,14 +116,18 @@ def sync_batch_norm(
     is_block = activation is not None or residual is not None
     if is_block:
         residual = _check_block(input, residual, activation)
-    # is_exporting() is this, but in a graph that torch 2.11 compiles, where it is always true
-    exporting = torch.compiler._is_exporting_flag
-    # Transformed or exported, a layer is made of operators that torch can differentiate.
-    in_plain_torch = (
-        exporting
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # inside torch.autograd.forward_ad.dual_level
-    )
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
+    steps = ops.steps_for(input, weight, bias, residual, *running[:3])
+    exporting = in_plain_torch = False
+    if steps is ops.OPERATORS:
+        # is_exporting() is this, but in a graph that torch 2.11 compiles, where it is always true
+        exporting = torch.compiler._is_exporting_flag
+        # Transformed or exported, a layer is made of operators that torch can differentiate.
+        in_plain_torch = (
+            exporting
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0  # inside torch.autograd.forward_ad.dual_level
+        )
     if not training and (in_plain_torch or uses_batch or not is_block):
         output = _torch_batch_norm(input, running_mean, running_var, weight, bias, eps)
         return _add_and_activate(output, residual, activation, activation_slope)
@@ -138,14 +146,19 @@ def sync_batch_norm(
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     if in_plain_torch:
         output = differentiable.batch_norm(input, weight, bias, running, eps, group, layer_name)
         return _add_and_activate(output, residual, activation, activation_slope)
     alone = training and activation is None
-    setting = Setting(eps, group, layer_name, not training, activation, activation_slope, alone)
+    layer = eps, group, layer_name, not training, activation, activation_slope, alone
+    if steps is not ops.OPERATORS:
+        return SyncBatchNormFunction.run(
+            input, weight, bias, residual, running, Setting(*layer, steps)
+        )
     buffers = () if torch._C._get_tracing_state() is None else running[:3]
-    return SyncBatchNormFunction.run(input, weight, bias, residual, running, setting, *buffers)
+    return SyncBatchNormFunction.apply(
+        input, weight, bias, residual, running, Setting(*layer), *buffers
+    )
 
 
 def _add_and_activate(
@@ -203,31 +216,15 @@ def _torch_batch_norm(
     return F.batch_norm(input, mean, variance, weight, bias, training=mean is None, eps=eps)
 
 
-def _group_to_synchronize(process_group: Any, training: bool, input: Tensor) -> Any:
-    """The group whose ranks share their statistics, or None if this process is alone or is not
-    training.
-    """
-    if not training:
-        return None
+def _group_to_synchronize(process_group: Any) -> Any:
+    """The group whose ranks share their statistics, or None if this process is alone."""
     if process_group is not None:
         group = groups.resolve(process_group)
     elif _HAS_DISTRIBUTED and dist.is_initialized():
         group = dist.group.WORLD  # torch 2.11 cannot compile a look at one that is not there
     else:
         return None
-    if group is None or group.size() == 1:
-        return None
-    if not input.is_cuda and not torch.compiler.is_compiling():
-        _check_served(input.device, group)
-    return group
-
-
-def _check_served(device: torch.device, group: Any) -> None:
-    backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
-    if f"{device.type}:" not in backends:
-        raise ValueError(
-            f"input: expected a device that the process group serves ({backends}), got {device}"
-        )
+    return None if group is None or group.size() == 1 else group
 
 
 def _check_tensors(
@@ -237,24 +234,21 @@ def _check_tensors(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    if type(input) is not Tensor:
-        _check_kind("input", "torch.Tensor", input)
-    if input.layout is not torch.strided or input.is_nested:
-        kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
-        raise TypeError(f"input: expected a dense torch.Tensor, got a {kind.strip('_')} one")
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
-    shape = input.shape
-    if len(shape) < 2:
-        raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
-    if shape[1] == 0:
-        raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
+    if not (
+        type(input) is Tensor
+        and input.dtype in _DTYPES
+        and input.layout is torch.strided
+        and not input.is_nested
+        and input.dim() > 1
+        and input.size(1) > 0
+    ):  # wrong, or unusual
+        _check_input(input)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             f"{missing}: expected a tensor, as the other running statistic is one; got None"
         )
-    one_per_channel, device = shape[1:2], input.device
+    one_per_channel, device = (input.size(1),), input.device
     for tensor in (weight, bias, running_mean, running_var):
         if tensor is not None and not (
             type(tensor) in _PLAIN_TYPES
@@ -268,6 +262,20 @@ def _check_tensors(
             _check_per_channel("running_mean", running_mean, input)
             _check_per_channel("running_var", running_var, input)
             break
+
+
+def _check_input(input: Tensor) -> None:
+    """Raise where this is no tensor of this rank that can be normalized."""
+    _check_kind("input", "torch.Tensor", input)
+    if input.layout is not torch.strided or input.is_nested:
+        kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
+        raise TypeError(f"input: expected a dense torch.Tensor, got a {kind.strip('_')} one")
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
+    if input.dim() < 2:
+        raise ValueError(f"input: expected shape (N, C, *spatial), got {_shape(input)}")
+    if input.shape[1] == 0:
+        raise ValueError(f"input: expected at least one channel, got shape {_shape(input)}")
 
 
 def _check_per_channel(name: str, tensor: Tensor | None, input: Tensor) -> None:

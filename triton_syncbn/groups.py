@@ -89,6 +89,15 @@ def resolve(process_group: Any) -> Any:
     return process_group
 
 
+def check_served(device: torch.device, group: Any) -> None:
+    """Raise ValueError where a group has no backend for a device."""
+    backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    if f"{device.type}:" not in backends:
+        raise ValueError(
+            f"input: expected a device that the process group serves ({backends}), got {device}"
+        )
+
+
 def _group_of_mesh(mesh: Any) -> Any:
     if mesh.ndim != 1:
         raise ValueError(

@@ -124,11 +124,10 @@ class SyncBN(_BatchNorm):
         """
         if isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
-            shape = input.shape
-            if len(shape) > 1 and shape[1] != self.num_features:
+            if input.dim() > 1 and input.size(1) != self.num_features:
                 raise ValueError(
                     f"input: expected {self.num_features} channels (num_features) in dimension 1, "
-                    f"got shape {tuple(shape)}"
+                    f"got shape {tuple(input.shape)}"
                 )
         activation = self.fused_activation
         added_after = None
@@ -136,7 +135,15 @@ class SyncBN(_BatchNorm):
             # This add broadcasts or promotes, and is done as it was before it was fused.
             activation, added_after, residual = None, residual, None
         training = self.training and not self.frozen_statistics
-        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
+        parameters, buffers = self._parameters, self._buffers
+        try:  # from where they are: asking torch takes 0.6 us for each
+            weight, bias = parameters["weight"], parameters["bias"]
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            num_batches_tracked = buffers["num_batches_tracked"]
+        except KeyError:  # something else has taken the place of one, as parametrize does
+            weight, bias = self.weight, self.bias
+            running_mean, running_var = self.running_mean, self.running_var
+            num_batches_tracked = self.num_batches_tracked
         if training and not self.track_running_stats:
             running_mean = running_var = num_batches_tracked = None
         output = sync_batch_norm(
@@ -201,21 +208,6 @@ class SyncBN(_BatchNorm):
             activation_slope=self.fused_slope,
             layer_name="" if torch.compiler.is_compiling() else self.layer_name,
         )
-
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        """Parameters and buffers, from where they are: asking torch takes 0.6 us for each."""
-        parameters, buffers = self._parameters, self._buffers
-        try:
-            return (
-                parameters["weight"],
-                parameters["bias"],
-                buffers["running_mean"],
-                buffers["running_var"],
-                buffers["num_batches_tracked"],
-            )
-        except KeyError:  # something else has taken the place of one, as parametrize does
-            running = self.running_mean, self.running_var, self.num_batches_tracked
-            return self.weight, self.bias, *running
 
     def _check_input_dim(self, input: Tensor) -> None:
         """A layer that was made as SyncBN takes any; a converted one has the check of its class."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpu, reference
 from .cpu import blocks as cpu_blocks
@@ -107,20 +108,6 @@ def _backend(device_type: str) -> Any:
 def _backend_of_blocks(backend: Any) -> Any:
     """The same, but for the CPU path, which has a module of its own for blocks."""
     return cpu_blocks if backend is cpu else backend
-
-
-def _normalize(
-    backend: Any,
-    input: Tensor,
-    moments: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    running: RunningStatistics,
-) -> Tensor:
-    running = unless_again(running)
-    return backend.normalize(input, moments, weight, bias, eps=eps, running=running)
 
 
 def new_gates(input: Tensor, any_are_kept: bool) -> Tensor:
@@ -326,7 +313,7 @@ def _steps_on(device_type: str) -> Steps:
     backend = _backend(device_type)
     return Steps(
         backend.moments,
-        functools.partial(_normalize, backend),
+        backend.normalize,
         backend.grad_moments,
         backend.grad_input,
         _backend_of_blocks(backend).moments,
@@ -349,7 +336,8 @@ def _implementation(name: str) -> Callable[..., Any]:
         else:
             arguments = dense(arguments[0]), *arguments[1:]
         if name == "normalize":
-            settings = {"eps": settings.pop("eps"), "running": _running(**settings)}
+            eps = settings.pop("eps")
+            settings = {"eps": eps, "running": unless_again(_running(**settings))}
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return step(*arguments, **settings)
         with torch.cuda.device(device):
@@ -393,22 +381,30 @@ OPERATORS = Steps(
     *(moments_block, normalize_block, grad_moments_block, grad_input_block),
 )
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_profiled = torch.autograd._profiler_enabled
+_is_transformed = torch._C._are_functorch_transforms_active
+_traced = torch._C._get_tracing_state
 
 
 def steps_for(input: Tensor, *others: Tensor | None) -> Steps:
     """`OPERATORS`; or what they run, as torch's dispatcher takes 3 us for each, of plain tensors on
     the current device, where nothing records, profiles or transforms what is called.
 
-    To be called without grad mode.
+    The steps themselves are to be called without grad mode.
     """
     if (
         torch.compiler.is_compiling()
         or type(input) is not Tensor
         or not _PLAIN_TYPES.issuperset(map(type, others))
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch.autograd._profiler_enabled()
-        or torch._C._are_functorch_transforms_active()
+        or _dispatch_modes()
+        or _function_modes()
+        or _is_profiled()
+        or _is_transformed()
+        or _traced() is not None
+        or forward_ad._current_level >= 0  # inside torch.autograd.forward_ad.dual_level
+        or torch.compiler._is_exporting_flag
         or (input.is_cuda and input.device.index != torch.cuda.current_device())
     ):
         return OPERATORS

@@ -81,8 +81,8 @@ def synchronized_even_alone() -> Iterator[None]:
     """Make SyncBN communicate in training also in a group of one rank, where it has no need to."""
     original = functional._group_to_synchronize
 
-    def whole_world(process_group: Any, training: bool, input: Tensor) -> Any:
-        return dist.group.WORLD if training else None
+    def whole_world(process_group: Any) -> Any:
+        return dist.group.WORLD
 
     functional._group_to_synchronize = whole_world
     try:

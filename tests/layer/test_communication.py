@@ -251,6 +251,18 @@ def test_a_device_that_the_group_does_not_serve_is_an_error(reference_ranks):
     assert reference_ranks.run(call_on_a_device_the_group_does_not_serve, 2) == [[], []]
 
 
+def call_in_a_group_of_gpus(rank, world_size):
+    layer = SyncBN(CHANNELS, process_group=dist.new_group(backend="cuda:gloo"))
+    message = r"input: expected a device that the process group serves \(cuda:gloo\), got cpu"
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(2, CHANNELS))
+    return layer.num_batches_tracked.item()
+
+
+def test_a_cpu_in_a_group_of_gpus_is_an_error(reference_ranks):
+    assert reference_ranks.run(call_in_a_group_of_gpus, 2) == [0, 0]
+
+
 def two_forwards_one_backward(rank, world_size, broadcast_buffers):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(2, CHANNELS, 3), SyncBN(CHANNELS), torch.nn.ReLU())

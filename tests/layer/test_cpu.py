@@ -14,7 +14,11 @@ from tests.support.exactness import NOISE, faults
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import EPS, run_steps
 from triton_syncbn import SyncBN, cpu, ops, reference
+from triton_syncbn.cpu import layer as cpu_layer
 from triton_syncbn.cpu import memory, small, statistics
+from triton_syncbn.cpu.general import General
+from triton_syncbn.cpu.plain import Plain
+from triton_syncbn.cpu.small import Small
 from triton_syncbn.operands import RunningStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -29,13 +33,39 @@ SMALLEST_BLOCK = (
 )
 
 
-@pytest.fixture(params=["small", "large"], autouse=True)
+@pytest.fixture(params=["small", "one block", "blocks"], autouse=True)
 def way(request, monkeypatch):
     """How tensors are treated, whatever their size."""
-    for largest in ("LARGEST", "LARGEST_IN_ONE_CALL"):
-        monkeypatch.setattr(small, largest, 1 << 62 if request.param == "small" else 0)
-    monkeypatch.setattr(memory, "BLOCK", SMALLEST_BLOCK)
-    return request.param
+    largest = 1 << 62 if request.param == "small" else 0
+    for name in ("LARGEST", "LARGEST_IN_ONE_CALL"):
+        monkeypatch.setattr(small, name, largest)
+    if request.param != "one block":
+        monkeypatch.setattr(memory, "BLOCK", SMALLEST_BLOCK)
+    cpu_layer._ways.cache_clear()
+    yield request.param
+    cpu_layer._ways.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "expected"),
+    [
+        ((4, 64, 28, 28), torch.float32, "channels_first", Plain),
+        ((1, 2048, 25, 25), torch.bfloat16, "channels_first", Plain),
+        ((1, 64, 200, 200), torch.float32, "channels_first", Plain),  # nothing that can be cut
+        ((4, 64, 80, 80), torch.float32, "channels_first", General),  # two blocks
+        ((4, 64, 28, 28), torch.float32, "channels_last", General),
+        ((4, 64, 28, 28), torch.float64, "channels_first", General),
+        ((512, 256), torch.float32, "channels_first", General),
+        ((1, 37, 16, 11), torch.float32, "channels_first", Small),
+    ],
+    ids=str,
+)
+def test_the_way_of_a_geometry(shape, dtype, layout, expected, monkeypatch):
+    monkeypatch.undo()
+    input = lay_out(torch.empty(shape, dtype=dtype), layout)
+    far, near = cpu_layer._ways(input.shape, input.is_contiguous(), dtype)
+    assert type(near) is expected
+    assert type(far) is (Small if expected is Small else General)
 
 
 def steps_of(module):
@@ -283,6 +313,7 @@ def test_operators_run_it(plain_torch):
 def test_large_maps_are_as_exact_as_torchs(layout, mean, block, plain_torch, monkeypatch):
     """Of ten draws, as in each one rounding may fall either way."""
     monkeypatch.setattr(memory, "BLOCK", block)
+    cpu_layer._ways.cache_clear()
     ours, torchs = ({"output": 0.0, "input": 0.0} for _ in range(2))
     for seed in range(10):
         torch.manual_seed(seed)

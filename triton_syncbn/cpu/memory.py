@@ -2,7 +2,6 @@
 keeps, as fresh pages cost more than the arithmetic.
 """
 
-import functools
 import itertools
 import threading
 from collections.abc import Iterable
@@ -61,10 +60,3 @@ def blocks(input: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
         *(itertools.repeat(None) if map is None else map.split(size) for map in (input, *others)),
         strict=False,  # as nothing can be repeated without an end
     )
-
-
-@functools.lru_cache(maxsize=128)
-def constant(size: int, value: float, dtype: torch.dtype) -> Tensor:
-    """So many times a value, in a tensor that nobody changes."""
-    with torch.inference_mode(False):
-        return torch.full((size,), value, dtype=dtype, device="cpu")

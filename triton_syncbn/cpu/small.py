@@ -12,70 +12,84 @@ import torch
 from torch import Tensor
 
 from ..operands import RunningStatistics
-from .memory import constant
 from .statistics import Statistics, momentum_of
+from .sums import batch_norm_backward
 
 # Elements up to which float64 costs less than the calls that are saved, as measured.
 LARGEST = 1 << 13
 LARGEST_IN_ONE_CALL = 1 << 16
 LONGEST_ROW = 1 << 10  # of values of which torch's batch norm adds up 64 one by one: squares cancel
-_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-def is_small(input: Tensor, in_one_call: bool = False) -> bool:
+def is_small(shape: torch.Size, is_contiguous: bool, largest: int) -> bool:
     """Whether a dense map is, and torch's batch norm keeps its layout."""
-    largest = LARGEST_IN_ONE_CALL if in_one_call else LARGEST
-    return 0 < input.numel() <= largest and (input.dim() == 4 or input.is_contiguous())
+    return 0 < shape.numel() <= largest and (len(shape) == 4 or is_contiguous)
 
 
-def moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(x) and sum(x**2) of each channel, float64 [C]."""
-    values, channels = input.double(), input.shape[1]
-    if input.is_contiguous() and 1 < input.numel() // (input.shape[0] * channels) <= LONGEST_ROW:
-        zero, one = (constant(channels, value, torch.float64) for value in (0.0, 1.0))
-        settings = None, zero, one, None, None, False, 0.0, [False, True, True]
-        _, squares, total = _batch_norm_backward(values, values, *settings)
-        return total, squares
-    others = 0, *range(2, input.dim())
-    return values.sum(others), (values * values).sum(others)
+class Small:
+    """The way of one geometry."""
 
+    def __init__(self, shape: torch.Size, is_contiguous: bool) -> None:
+        samples, channels = shape[:2]
+        values = shape.numel() // channels
+        self.others = 0, *range(2, len(shape))
+        self.in_rows = is_contiguous and 1 < values // samples <= LONGEST_ROW
+        with torch.inference_mode(False), torch.device("cpu"):
+            self.count, self.zero, self.one = (
+                torch.full((size,), value, dtype=torch.float64)
+                for size, value in ((1, values), (channels, 0.0), (channels, 1.0))
+            )
 
-def normalize(
-    input: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """xhat * weight + bias."""
-    vectors = [None if vector is None else vector.double() for vector in (weight, bias)]
-    settings: Any = *vectors, statistics.mean, statistics.variance, False, 0.0, eps
-    return torch.native_batch_norm(input.double(), *settings)[0].to(input.dtype)
+    def sums(self, input: Tensor) -> tuple[Tensor, Tensor, bool | None]:
+        """sum(x) and sum(x**2)."""
+        values = input.double()
+        if not self.in_rows:
+            return values.sum(self.others), (values * values).sum(self.others), None
+        settings = None, self.zero, self.one, None, None, False, 0.0, [False, True, True]
+        _, squares, total = batch_norm_backward(values, values, *settings)
+        return total, squares, None
 
+    def normalize(
+        self,
+        input: Tensor,
+        statistics: Statistics,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """xhat * weight + bias."""
+        vectors = [None if vector is None else vector.double() for vector in (weight, bias)]
+        settings: Any = *vectors, statistics.mean, statistics.variance, False, 0.0, eps
+        return torch.native_batch_norm(input.double(), *settings)[0].to(input.dtype)
 
-def grad_moments(
-    grad_output: Tensor, input: Tensor, statistics: Statistics, eps: float
-) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * xhat) of each channel, float64 [C]."""
-    batch = statistics.mean, statistics.variance, None, None, False, eps, [False, True, True]
-    _, products, grads = _batch_norm_backward(grad_output.double(), input.double(), None, *batch)
-    return grads, products
+    def grad_sums(
+        self, grad_output: Tensor, input: Tensor, statistics: Statistics, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """sum(dy) and sum(dy * xhat)."""
+        batch = statistics.mean, statistics.variance, None, None, False, eps, [False, True, True]
+        values, grad = input.double(), grad_output.double()
+        _, products, grads = batch_norm_backward(grad, values, None, *batch)
+        return grads, products
 
-
-def grad_input(
-    grad_output: Tensor,
-    input: Tensor,
-    statistics: Statistics,
-    grad_moments: Tensor,
-    weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """(dy - mean(dy) - xhat * mean(dy * xhat)) * rstd * weight."""
-    channels, minus_means = input.shape[1], grad_moments * (-1.0 / max(statistics.count, 1.0))
-    batch = statistics.mean, statistics.variance
-    values = input.double()
-    slope, grad_mean = minus_means[channels:], minus_means[:channels]
-    rest = torch.native_batch_norm(values, slope, grad_mean, *batch, False, 0.0, eps)[0]
-    rest += grad_output
-    settings = *batch, None, None, False, eps, [True, False, False]
-    weight = None if weight is None else weight.double()
-    return _batch_norm_backward(rest, values, weight, *settings)[0].to(input.dtype)
+    def grad_input(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        statistics: Statistics,
+        grad_moments: Tensor,
+        weight: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """(dy - mean(dy) - xhat * mean(dy * xhat)) * rstd * weight."""
+        channels, minus_means = input.shape[1], grad_moments * (-1.0 / max(statistics.count, 1.0))
+        batch = statistics.mean, statistics.variance
+        values = input.double()
+        slope, grad_mean = minus_means[channels:], minus_means[:channels]
+        rest = torch.native_batch_norm(values, slope, grad_mean, *batch, False, 0.0, eps)[0]
+        rest += grad_output
+        settings = *batch, None, None, False, eps, [True, False, False]
+        weight = None if weight is None else weight.double()
+        return batch_norm_backward(rest, values, weight, *settings)[0].to(input.dtype)
 
 
 def forward(
@@ -112,7 +126,7 @@ def backward(
     """Gradients of input, weight and bias in these dtypes; None for one without."""
     vectors = None if weight is None else weight.double(), None, None, *mean_and_rstd
     wanted = [dtype is not None for dtype in dtypes]
-    gradients = _batch_norm_backward(
+    gradients = batch_norm_backward(
         grad_output.double(), input.double(), *vectors, True, eps, wanted
     )
     return [

@@ -26,8 +26,8 @@ class Statistics:
     """
 
     def __init__(self, moments: Tensor) -> None:
-        channels = moments.shape[0] // 2
-        self.count = moments[-1].item()
+        channels = moments.numel() // 2
+        self.count = moments[2 * channels :].item()
         per_value = moments / max(self.count, 1.0)
         self.mean, squares = per_value[:channels], per_value[channels:-1]
         self.variance = torch.addcmul(squares, self.mean, self.mean, value=-1.0)
@@ -35,9 +35,7 @@ class Statistics:
         self.is_near = are_near(self.mean, squares, 1.0) if is_near is None else is_near
         if not self.is_near:  # equal values have no variance but what rounding leaves of it
             self.variance.masked_fill_(self.variance < squares * NOISE_OF_VARIANCE, 0.0)
-        self._rstd: dict[float, Tensor] = {}
-        self._scale: tuple[Any, ...] = ()
-        self._shifts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[Any, Any] = {}
 
     def shift_and_rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
         """What must be taken off values of a dtype first, if anything, and the mean of what is left
@@ -45,26 +43,48 @@ class Statistics:
         """
         if self.is_near:
             return None, self.mean
-        if dtype not in self._shifts:
+        if dtype not in self._kept:
             shift = self.mean.to(dtype)
-            self._shifts[dtype] = shift, self.mean - shift
-        return self._shifts[dtype]
+            self._kept[dtype] = shift, self.mean - shift
+        return self._kept[dtype]
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(variance + eps), float64."""
-        if eps not in self._rstd:
-            self._rstd[eps] = (self.variance + eps).rsqrt_()
-        return self._rstd[eps]
+        if eps not in self._kept:
+            self._kept[eps] = (self.variance + eps).rsqrt_()
+        return self._kept[eps]
 
-    def scale(self, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """weight / sqrt(variance + eps), float64, and rounded to a dtype."""
-        version = 0 if weight is None or weight.is_inference() else weight._version
-        key = version, eps, dtype
-        if self._scale[:1] != (key,) or self._scale[1] is not weight:
+    def scale_and_share(
+        self, weight: Tensor | None, eps: float, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """weight / sqrt(variance + eps), rounded to a dtype; and, float64, what of a sum of all
+        values a mean takes off the gradient of one: minus that over the count.
+        """
+        version = None if weight is None or weight.is_inference() else weight._version
+        made_of = eps, dtype, version
+        kept = self._kept.get("scale")
+        if kept is None or kept[0] is not weight or kept[1] != made_of:
             scale = self.rstd(eps)
             scale = scale if weight is None else scale * weight
-            self._scale = key, weight, scale, scale.to(dtype)
-        return self._scale[2:]
+            share = scale * (-1.0 / max(self.count, 1.0))
+            kept = self._kept["scale"] = weight, made_of, (scale.to(dtype), share)
+        return kept[2]
+
+    def factor_and_shift(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """Those of which xhat * weight + bias is x * factor + shift, or that of what is left of x
+        by `shift_and_rest`.
+        """
+        rest = self.shift_and_rest(dtype)[1]
+        factor = self.scale_and_share(weight, eps, dtype)[0]
+        # Of the rounded factor, so that its error meets deviations from the mean alone
+        shift = factor * -rest if bias is None else torch.addcmul(bias, factor, rest, value=-1.0)
+        return factor, shift.to(dtype)
 
     def move(self, running: RunningStatistics) -> None:
         """Move running statistics towards these, and count the batch, unless it is empty."""
@@ -77,8 +97,8 @@ class Statistics:
             momentum = momentum_of(running)
             unbiased = momentum * self.count / max(self.count - 1.0, 1.0)
             kept = 1.0 - momentum  # added in float64, which is rounded once
-            torch.add(self.mean * momentum, mean, alpha=kept, out=mean)
-            torch.add(self.variance * unbiased, var, alpha=kept, out=var)
+            mean.copy_((self.mean * momentum).add_(mean, alpha=kept))
+            var.copy_((self.variance * unbiased).add_(var, alpha=kept))
 
 
 def momentum_of(running: RunningStatistics) -> float:
