@@ -16,6 +16,7 @@ from tests.support.steps import EPS, run_steps
 from triton_syncbn import SyncBN, cpu, ops, reference
 from triton_syncbn.cpu import layer as cpu_layer
 from triton_syncbn.cpu import memory, small, statistics
+from triton_syncbn.cpu import sums as cpu_sums
 from triton_syncbn.cpu.general import General
 from triton_syncbn.cpu.plain import Plain
 from triton_syncbn.cpu.small import Small
@@ -282,13 +283,26 @@ def test_several_threads_compute_the_same():
 
 def test_buffers_outlive_inference_mode_and_a_default_device(monkeypatch):
     monkeypatch.setattr(memory, "_kept", type(memory._kept)())
+    monkeypatch.setattr(memory, "_constants", {})
+    cpu_sums.plan_of.cache_clear()
     tensors = operands((4, 3, 20, 20), torch.bfloat16, LAYOUTS[0])
     with torch.inference_mode(), torch.device("meta"):
-        sums = torch.zeros(6, dtype=torch.float64, device="cpu")
+        grad_moments = torch.zeros(6, dtype=torch.float64, device="cpu")
         moments = cpu.moments(tensors[0])
-        first = cpu.grad_input(tensors[1], tensors[0], moments, sums, None, 1e-5)
-    again = cpu.grad_input(tensors[1], tensors[0], moments.clone(), sums, None, 1e-5)
+        first = cpu.grad_input(tensors[1], tensors[0], moments, grad_moments, None, 1e-5)
+    again = cpu.grad_input(tensors[1], tensors[0], moments.clone(), grad_moments, None, 1e-5)
     assert torch.equal(first, again)
+
+
+def test_constants_of_all_sizes_share_their_memory(monkeypatch):
+    """As a process may meet thousands of geometries, and each has some as long as its maps."""
+    monkeypatch.setattr(memory, "_constants", {})
+    sizes = [7, *range(1000, 1100)]
+    constants = [memory.constant(size, 1.0, torch.float32) for size in sizes]
+    assert all(
+        torch.equal(each, torch.ones(size)) for each, size in zip(constants, sizes, strict=True)
+    )
+    assert len({each.data_ptr() for each in constants}) <= 3
 
 
 @pytest.mark.parametrize("change", [lambda sums: sums.mul_(2.0), lambda sums: sums.data.mul_(2.0)])

@@ -8,7 +8,7 @@ what is added up and scaled.
 import torch
 from torch import Tensor
 
-from .memory import blocks, wide
+from .memory import blocks, constant, wide
 from .statistics import Statistics, are_near
 from .sums import add_up
 
@@ -25,12 +25,12 @@ class General:
         self.side_by_side = not is_contiguous or self.values == samples
         self.guesses = self.side_by_side and dtype == torch.float32 and self.values >= GUESSED_FROM
         self.per_channel = -1, *[1] * (len(shape) - 2)
-        with torch.inference_mode(False), torch.device("cpu"):
-            self.count = torch.full((1,), self.values, dtype=torch.float64)
-            zero, one = torch.zeros(channels), torch.ones(channels)
-            # Mean, variance and eps with which torch's batch norm leaves a map as it is
-            self.identity = zero.to(self.dtype), one.to(self.dtype), 0.0
-            self.none = torch.empty(0, dtype=self.dtype)
+        with torch.inference_mode(False):
+            self.count = torch.full((1,), self.values, dtype=torch.float64, device="cpu")
+        self.none = constant(0, 0.0, self.dtype)
+        zero, one = (constant(channels, value, self.dtype) for value in (0.0, 1.0))
+        # Mean, variance and eps with which torch's batch norm leaves a map as it is
+        self.identity = zero, one, 0.0
 
     def sums(
         self, input: Tensor, total: Tensor | None = None

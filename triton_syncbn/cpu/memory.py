@@ -13,6 +13,7 @@ from torch import Tensor
 BLOCK = 1 << 20  # elements of a block of samples: 4 MiB of float32, which a shared cache holds
 LARGEST_KEPT = 4 * BLOCK  # elements of a buffer that a thread keeps
 _kept = threading.local()  # the buffers of a thread, which is in one step at a time
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
 
 
 def wide(
@@ -60,3 +61,14 @@ def blocks(input: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
         *(itertools.repeat(None) if map is None else map.split(size) for map in (input, *others)),
         strict=False,  # as nothing can be repeated without an end
     )
+
+
+def constant(size: int, value: float, dtype: torch.dtype) -> Tensor:
+    """So many times a value, in memory that nobody changes, and that all sizes share."""
+    kept = _constants.get((value, dtype))
+    with torch.inference_mode(False):
+        if kept is None or kept.numel() < size:
+            size_kept = max(size, 0 if kept is None else 2 * kept.numel())
+            kept = torch.full((size_kept,), value, dtype=dtype, device="cpu")
+            _constants[value, dtype] = kept
+        return kept[:size]

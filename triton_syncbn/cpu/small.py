@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..operands import RunningStatistics
+from .memory import constant
 from .statistics import Statistics, momentum_of
 from .sums import batch_norm_backward
 
@@ -34,11 +35,9 @@ class Small:
         values = shape.numel() // channels
         self.others = 0, *range(2, len(shape))
         self.in_rows = is_contiguous and 1 < values // samples <= LONGEST_ROW
-        with torch.inference_mode(False), torch.device("cpu"):
-            self.count, self.zero, self.one = (
-                torch.full((size,), value, dtype=torch.float64)
-                for size, value in ((1, values), (channels, 0.0), (channels, 1.0))
-            )
+        with torch.inference_mode(False):
+            self.count = torch.full((1,), values, dtype=torch.float64, device="cpu")
+        self.zero, self.one = (constant(channels, value, torch.float64) for value in (0.0, 1.0))
 
     def sums(self, input: Tensor) -> tuple[Tensor, Tensor, bool | None]:
         """sum(x) and sum(x**2)."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .memory import blocks, buffer, wide
+from .memory import blocks, buffer, constant, wide
 
 # Terms of a chain, for moments and for their gradients, by the bytes of a term. Terms of half
 # precision have so few digits that more are added up without a rounding, and products of gradients
@@ -143,8 +143,7 @@ def plan_of(
         longest = 0
     pieces = _pieces(shape, is_contiguous, longest, bytes_of_term)
     shifts_sums = has_shift and is_near and (bytes_of_term == 2 or pieces.between is not None)
-    with torch.inference_mode(False), torch.device("cpu"):
-        zero, one = (torch.full((pieces.size[1],), value, dtype=dtype) for value in (0.0, 1.0))
+    zero, one = (constant(pieces.size[1], value, dtype) for value in (0.0, 1.0))
     return Plan(pieces, as_it_is and pieces.within is None, shifts_sums, zero, one)
 
 
