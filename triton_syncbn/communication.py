@@ -71,7 +71,7 @@ def all_reduce_now(sums: Tensor, group: Any, layer_name: str, pass_name: str) ->
             return sums
         agreed = _all_reduce_checked(sums, group, layer_name, pass_name)
     except RuntimeError as error:
-        groups.check_served(sums.device, group)  # which takes 2 us, and is why nothing was sent
+        groups.check_served(sums.device, group)  # takes 2 us; if it raises, nothing was sent
         raise RuntimeError(
             f"SyncBN layer {layer_name!r}: the all_reduce of its {pass_name} failed: {error}"
         ) from error
@@ -92,6 +92,7 @@ def _all_reduce_checked(sums: Tensor, group: Any, layer_name: str, pass_name: st
     W * mine and whose squares' sum is W * mine**2 have no variance, so they are all mine; for up to
     4096 ranks these sums are exact in float64.
     """
+    groups.check_served(sums.device, group)  # before a call is counted
     _calls[group.group_name] += 1
     call = f"{layer_name}|{pass_name}|{_calls[group.group_name]}|{sums.numel()}"
     digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=5).digest())

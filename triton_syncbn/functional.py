@@ -116,6 +116,9 @@ def sync_batch_norm(
     is_block = activation is not None or residual is not None
     if is_block:
         residual = _check_block(input, residual, activation)
+    if not training and (uses_batch or not is_block):
+        output = _torch_batch_norm(input, running_mean, running_var, weight, bias, eps)
+        return _add_and_activate(output, residual, activation, activation_slope)
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     steps = ops.steps_for(input, weight, bias, residual, *running[:3])
     exporting = in_plain_torch = False
@@ -128,7 +131,7 @@ def sync_batch_norm(
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0  # inside torch.autograd.forward_ad.dual_level
         )
-    if not training and (in_plain_torch or uses_batch or not is_block):
+    if not training and in_plain_torch:
         output = _torch_batch_norm(input, running_mean, running_var, weight, bias, eps)
         return _add_and_activate(output, residual, activation, activation_slope)
     if exporting and group is not None:

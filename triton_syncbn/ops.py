@@ -288,7 +288,8 @@ def _grad_input_block_shape(
 
 class Steps(NamedTuple):
     """A function for each step: of a layer as in reference.py, of a block as its operator. But for
-    the operators themselves, they take an input that is dense, and what lies in memory as it does.
+    the operators themselves, they take an input that is dense, and what lies in memory as it does;
+    and `normalize` the running statistics that `unless_again` leaves.
     """
 
     moments: Callable[..., Any]

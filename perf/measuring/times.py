@@ -1,6 +1,6 @@
-"""Times of calls that take turns: all are warmed first, and every turn has an order of its own, so
-that clocks and temperature that drift meet all of them alike, and so does what the call before has
-left in caches and in the memory of the process.
+"""Times of calls that take turns: all are warmed first, and every turn of three or more has an
+order of its own, so that clocks and temperature that drift meet all of them alike, and so does what
+the call before has left in caches and in the memory of the process. Two take turns one by one.
 
 On a GPU the device's time is that between two events, its L2 cache flushed before, and the host
 does not wait for the device until all samples are queued. The host's time is taken in turns of its

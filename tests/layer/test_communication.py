@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import triton_syncbn
 from tests.support.ranks import counted_communication
-from triton_syncbn import SyncBN
+from triton_syncbn import SyncBN, communication, debug
 
 CHANNELS = 3
 FORWARD = ("all_reduce", (2 * CHANNELS + 1,), torch.float64)
@@ -256,6 +256,10 @@ def call_in_a_group_of_gpus(rank, world_size):
     message = r"input: expected a device that the process group serves \(cuda:gloo\), got cpu"
     with pytest.raises(ValueError, match=message):
         layer(torch.randn(2, CHANNELS))
+    with debug():
+        with pytest.raises(ValueError, match=message):
+            layer(torch.randn(2, CHANNELS))
+        assert not communication._calls  # a call that is made again has the same number
     return layer.num_batches_tracked.item()
 
 

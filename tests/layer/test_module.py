@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from triton_syncbn import SyncBN, sync_batch_norm
+from triton_syncbn import SyncBN, ops, sync_batch_norm
 
 
 def test_signature_is_that_of_torch():
@@ -250,3 +250,10 @@ def test_copies_and_pickles(reference_ranks):
 
 def test_repr():
     assert repr(SyncBN(8)).startswith("SyncBN(8, eps=1e-05, momentum=0.1, affine=True")
+
+
+def test_eval_looks_for_no_kernels(monkeypatch):
+    """Which takes 0.2 s the first time, and a warning where there is no Triton."""
+    monkeypatch.setattr(ops, "_steps_on", lambda device_type: pytest.fail("looked for kernels"))
+    layer, x = SyncBN(4).eval(), torch.randn(2, 4, 3)
+    assert torch.equal(layer(x), torch.nn.BatchNorm1d(4).eval()(x))

@@ -21,6 +21,7 @@ from ..operands import LAYER_ALONE, NOT_TRACKED, BlockOperands, RunningStatistic
 from .layer import moments as moments_of_layer
 from .memory import buffer
 from .statistics import keep_statistics, statistics_of
+from .sums import batch_norm_backward
 
 PIECE = 1 << 18  # elements of a piece: 2 MiB in float64; as measured
 LEAST_OF_THREAD = 1 << 15  # elements below which torch gives a thread nothing to do
@@ -28,7 +29,6 @@ VALUES, ARGUMENT, GRADIENT, SPARE = range(4)  # buffers: x, z, the gradient, and
 # Times eight bytes of 0 or 1, as one number: a bit of each, in order, in the highest byte
 GATHER_BITS = sum(1 << (56 - 7 * bit) for bit in range(8))
 _aten = torch.ops.aten
-_batch_norm_backward = _aten.native_batch_norm_backward.default
 
 
 class Loops(NamedTuple):
@@ -205,7 +205,7 @@ def _add_sums(
     """Add those of dy and dy * (x - mean) of a piece to [2, C]: gradients of a layer of torch."""
     vectors = _of(channels, one, None, None, mean, one)
     settings = *vectors, True, 0.0, [False, True, True]
-    _, products, grads = _batch_norm_backward(grad, values, *settings)
+    _, products, grads = batch_norm_backward(grad, values, *settings)
     part = sums if channels is None else sums[:, channels]
     part += torch.stack((grads, products))
 

@@ -27,7 +27,7 @@ class General:
         self.per_channel = -1, *[1] * (len(shape) - 2)
         with torch.inference_mode(False):
             self.count = torch.full((1,), self.values, dtype=torch.float64, device="cpu")
-        self.none = constant(0, 0.0, self.dtype)
+            self.none = torch.empty(0, dtype=self.dtype, device="cpu")
         zero, one = (constant(channels, value, self.dtype) for value in (0.0, 1.0))
         # Mean, variance and eps with which torch's batch norm leaves a map as it is
         self.identity = zero, one, 0.0
@@ -35,7 +35,9 @@ class General:
     def sums(
         self, input: Tensor, total: Tensor | None = None
     ) -> tuple[Tensor, Tensor, bool | None]:
-        """sum(x) and sum(x**2). total: the first, of float32, if means are known to be far."""
+        """sum(x) and sum(x**2); whether means are near, None if there are no values. total: the
+        first sum, of float32, if it is known, and means are far.
+        """
         values, high, is_near = self.values, None, False
         if total is None:
             high = self._means_if_far(input) if self.guesses else None

@@ -37,7 +37,7 @@ class Plain:
         return cls(general, of_values, of_gradients)
 
     def sums(self, input: Tensor) -> tuple[Tensor, Tensor, bool | None]:
-        """sum(x) and sum(x**2)."""
+        """sum(x) and sum(x**2); whether means are near."""
         plan = self.of_values
         total, squares = add_in_chains(None, input.view(plan.pieces.size), None, plan)
         if are_near(total, squares, self.values):

@@ -40,7 +40,7 @@ class Small:
         self.zero, self.one = (constant(channels, value, torch.float64) for value in (0.0, 1.0))
 
     def sums(self, input: Tensor) -> tuple[Tensor, Tensor, bool | None]:
-        """sum(x) and sum(x**2)."""
+        """sum(x) and sum(x**2); whether means are near, which nobody asks here, is None."""
         values = input.double()
         if not self.in_rows:
             return values.sum(self.others), (values * values).sum(self.others), None
