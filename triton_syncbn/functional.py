@@ -89,9 +89,8 @@ def sync_batch_norm(
     _check_tensors(input, running_mean, running_var, weight, bias)
     group = _group_to_synchronize(process_group) if training else None
     if group is not None and not (input.is_cuda or input.is_cpu or torch.compiler.is_compiling()):
-        groups.check_served(
-            input.device, group
-        )  # on others torch may send nothing, and say nothing
+        # On other devices torch may send nothing, and say nothing.
+        groups.check_served(input.device, group)
     if num_batches_tracked is None:
         if momentum is None and training and running_mean is not None:
             raise ValueError(
