@@ -60,12 +60,13 @@ def _block(
 def _jitted(function: types.FunctionType, in_float32: bool) -> Any:
     """A function of activations.py for Triton: its text, with Triton's functions for torch's.
 
-    Triton's `/` is off by up to two units in the last place of float32, which is nothing in a map
-    of half precision, and more than torch's operators in one of float32.
+    Triton's `/` and exp are off by two units in the last place of float32 and more, which is
+    nothing in a map of half precision, and more than torch's operators in one of float32.
     """
-    quotients = (div_rounded, reciprocal_rounded) if in_float32 else (div, reciprocal)
-    names = dict(zip(("div", "reciprocal"), quotients, strict=True))
-    names |= {"tl": tl, "erf": erf, "exp": exp, "where": where}
+    exact = (div_rounded, reciprocal_rounded, exp_rounded)
+    functions = exact if in_float32 else (div, reciprocal, exp)
+    names = dict(zip(("div", "reciprocal", "exp"), functions, strict=True))
+    names |= {"tl": tl, "erf": erf, "where": where}
     return triton.jit(types.FunctionType(function.__code__, names, function.__name__))
 
 
@@ -92,6 +93,16 @@ def reciprocal_rounded(x):
 @triton.jit
 def exp(x):
     return tl.exp(x)
+
+
+@triton.jit
+def exp_rounded(x):
+    """2**(x * log2(e)), and then what the rounding of x * log2(e) has left out."""
+    exponent = x * 1.4426950408889634
+    rest = tl.fma(x, 1.4426950408889634, -exponent) + x * 1.925963033500011e-08  # of log2(e) itself
+    power = tl.exp2(exponent)
+    exact = tl.fma(power, rest * 0.6931471805599453, power)
+    return tl.where(tl.abs(exponent) < 128.0, exact, power)
 
 
 @triton.jit

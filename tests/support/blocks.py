@@ -33,8 +33,15 @@ class Gradients(NamedTuple):
 
 
 def exact(activation, *tensors, statistics=None):
-    """One training step in float64; with the statistics (mean, variance) that are given, if any."""
-    return eager(activation, *tensors, statistics=statistics, dtype=torch.float64)
+    """One training step in float64; with the statistics (mean, variance) that are given, if any.
+
+    On a CPU, as hardswish on a GPU divides float64 by a six of float32.
+    """
+    on_cpu = [None if tensor is None else tensor.cpu() for tensor in tensors]
+    given = None if statistics is None else [tensor.cpu() for tensor in statistics]
+    results = eager(activation, *on_cpu, statistics=given, dtype=torch.float64)
+    device = tensors[0].device
+    return Gradients(*(None if result is None else result.to(device) for result in results))
 
 
 def eager(
