@@ -63,8 +63,11 @@ def silu(z, slope):
 
 
 def silu_derivative(z, slope):
-    sigmoid = reciprocal(1.0 + exp(-z))
-    return sigmoid * (1.0 + z * (1.0 - sigmoid))
+    # sigmoid + z * sigmoid * (1 - sigmoid), where 1 - sigmoid would cancel
+    small = exp(where(z >= 0.0, -z, z))
+    large = reciprocal(1.0 + small)
+    sigmoid = where(z >= 0.0, large, small * large)
+    return sigmoid + z * (small * large * large)
 
 
 def gelu(z, slope):
