@@ -189,6 +189,7 @@ for _kind, _fma in (("f32", fma32), ("f64", fma64)):
     define(f"neg.{_kind}", np.negative, _kind)
     define(f"min.{_kind}", _canonical(_least), _kind, _kind)
     define(f"max.{_kind}", _canonical(_greatest), _kind, _kind)
+define("abs.f32", np.abs, "f32")
 define("ex2.approx.f32", _canonical(np.exp2), "f32", approximate=2)
 define("div.full.f32", _canonical(np.divide), "f32", "f32", approximate=2)
 define("rsqrt.approx.ftz.f32", _canonical(_reciprocal_root), "f32", approximate=2)

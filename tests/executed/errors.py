@@ -22,6 +22,9 @@ OF_PRODUCTS = 4 * ROUNDING  # a deviation, rstd, xhat and the product
 # Of an element of a map, in units of its terms: where one contracts two products and the other does
 # not, both products are rounded, and the inner of the sums differs by a rounding of each.
 OF_TERMS = 4 * ROUNDING
+OF_ACTIVATION = (
+    6 * ROUNDING
+)  # of the norm of a map behind a smooth activation; dx cancels some of it
 # Of a float64 sum: a lane adds up 64 numbers, and each addition may be off by half a unit.
 OF_FLOAT64_SUMS = 64 * 2.0**-53
 UNIT = 2.0**-52  # of float64, relative
@@ -77,6 +80,15 @@ def of_equal(kernel: str, what: str, actual: torch.Tensor, expected: torch.Tenso
     """What has to be the same to the last bit."""
     same = torch.equal(actual, expected)
     return Error(kernel, what, _name(actual), 0.0 if same else np.inf, same)
+
+
+def of_norm(kernel: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Error:
+    """The norm of what is between two float32 maps, of which either is some roundings off: what an
+    activation rounds may cancel in an element.
+    """
+    difference, size = _long(actual) - _long(expected), _long(expected)
+    error = float(np.sqrt((difference**2).sum() / (size**2).sum()) / OF_ACTIVATION)
+    return Error(kernel, what, _name(actual), error, torch.equal(actual, expected))
 
 
 def of_block_sums(actual: torch.Tensor, expected: torch.Tensor, grad: torch.Tensor) -> Error:

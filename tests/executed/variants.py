@@ -174,6 +174,7 @@ BLOCKS = [
     *(Variant(ALIGNED, torch.bfloat16, activation=activation) for activation in ACTIVATIONS),
     *(Variant(ODD, dtype, residual=True) for dtype in DTYPES[:2]),
     *(Variant(shape, activation="relu", residual=True) for shape in (ALIGNED, ODD)),
+    *(Variant(ODD, activation=activation) for activation in ("elu", "silu", "gelu")),
 ]
 FROZEN = [
     *(
@@ -384,6 +385,11 @@ def run(
         for name in ("moments", "normalize", "grad_moments", "grad_input")
     }
     block = Block(variant, drawn)
+    is_smooth = (
+        variant.dtype == torch.float32
+        and variant.activation is not None
+        and not ACTIVATIONS[variant.activation].gated
+    )
     found: list[Error] = []
     wanted = (lambda name: True) if kernel is None else kernel.__eq__
     with (
@@ -421,7 +427,10 @@ def run(
                 block=block.in_forward(gates[1]),
                 config=config["normalize"],
             )
-            found += exact.of_normalize(sums, actual, expected, drawn.residual)
+            if is_smooth:
+                found.append(errors.of_norm("normalize", "y of an activation", actual, expected))
+            else:
+                found += exact.of_normalize(sums, actual, expected, drawn.residual)
             if block.gates is not None:
                 found.append(errors.of_equal("normalize", "gates", gates[1], gates[0]))
             if variant.frozen:
@@ -459,7 +468,10 @@ def run(
                     ]
                 )
             )
-            found += exact.of_grad_input(sums, products, actual, expected)
+            if is_smooth:
+                found.append(errors.of_norm("grad_input", "dx of an activation", actual, expected))
+            else:
+                found += exact.of_grad_input(sums, products, actual, expected)
             if others:
                 found.append(errors.of_neighbours("grad_input", "dresidual", *reversed(others)))
     return found, launches
