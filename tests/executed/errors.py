@@ -23,8 +23,6 @@ OF_PRODUCTS = 4 * ROUNDING  # a deviation, rstd, xhat and the product
 # not, both products are rounded, and the inner of the sums differs by a rounding of each.
 OF_TERMS = 4 * ROUNDING
 OF_ACTIVATION = 6 * ROUNDING  # of the norm of a map behind a smooth activation; dx cancels
-    6 * ROUNDING
-)  # of the norm of a map behind a smooth activation; dx cancels some of it
 # Of a float64 sum: a lane adds up 64 numbers, and each addition may be off by half a unit.
 OF_FLOAT64_SUMS = 64 * 2.0**-53
 UNIT = 2.0**-52  # of float64, relative
