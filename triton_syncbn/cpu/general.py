@@ -23,7 +23,9 @@ class General:
         self.values = shape.numel() // channels
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.side_by_side = not is_contiguous or self.values == samples
-        self.guesses = self.side_by_side and dtype == torch.float32 and self.values >= GUESSED_FROM
+        has_enough = dtype == torch.float32 and self.values >= GUESSED_FROM
+        self.can_guess = self.side_by_side and has_enough
+        self.was_far = False  # whether means were, the last time; decides time, and no bit
         self.per_channel = -1, *[1] * (len(shape) - 2)
         with torch.inference_mode(False):
             self.count = torch.full((1,), self.values, dtype=torch.float64, device="cpu")
@@ -37,22 +39,37 @@ class General:
     ) -> tuple[Tensor, Tensor, bool | None]:
         """sum(x) and sum(x**2); whether means are near, None if there are no values. total: the
         first sum, of float32, if it is known, and means are far.
+
+        Where they are far, deviations are added up: from what the first values say the means are,
+        if these are far, else from what the first sum says.
         """
-        values, high, is_near = self.values, None, False
-        if total is None:
-            high = self._means_if_far(input) if self.guesses else None
-            total, squares = add_up(None, input, high, self.dtype)
+        values, guess = self.values, None
+        guesses_first = total is None and self.was_far
+        if guesses_first:
+            guess = self._means_if_far(input)
+        if total is None and guess is None:
+            total, squares = add_up(None, input, None, self.dtype)
             is_near = are_near(total, squares, max(values, 1))
-        if self.dtype == torch.float32 and not is_near:
-            if high is not None:
-                total = total + high.double() * values
-            high = (total / values).float()
-            total, squares = add_up(None, input, high, self.dtype)
+            if is_near or self.dtype == torch.float64:
+                self.was_far = False
+                return total, squares, is_near if values else None
+            if self.can_guess:
+                self.was_far, guess = True, self._means_if_far(input)
+        high = guess
         if high is None:
-            return total, squares, is_near if values else None
+            assert total is not None
+            high = (total / values).float()
+        rest, squares = add_up(None, input, high, self.dtype)
+        if guess is not None and not are_near(rest, squares, values):
+            high = ((rest + high.double() * values) / values).float()
+            rest, squares = add_up(None, input, high, self.dtype)
         shift = high.double()
-        of_values = shift * values + total
-        return of_values, squares + shift * (total + of_values), False
+        total = shift * values + rest
+        squares = squares + shift * (rest + total)
+        if guesses_first and guess is not None and are_near(total, squares, values):
+            self.was_far = False
+            return self.sums(input)
+        return total, squares, False
 
     def normalize(
         self,

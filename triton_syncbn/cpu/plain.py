@@ -79,9 +79,7 @@ class Plain:
     ) -> Tensor:
         """xhat * slope + grad_mean by torch's batch norm, then + dy * scale."""
         scale, share = statistics.scale_and_share(weight, eps)
-        channels = share.numel()
-        slope = (grad_moments[channels:] * share).float()
-        grad_mean = (grad_moments[:channels] * share).float()
+        grad_mean, slope = (grad_moments.view(2, -1) * share).float().unbind()
         mean, variance = statistics.mean.float(), statistics.variance.float()
         settings = slope, grad_mean, mean, variance, False, 0.0, eps
         scale = scale.view(self.general.per_channel)
