@@ -14,8 +14,8 @@ from tests.support.exactness import NOISE, faults
 from tests.support.inputs import EDGES, LAYOUTS, SHAPES, lay_out, random
 from tests.support.steps import EPS, run_steps
 from triton_syncbn import SyncBN, cpu, ops, reference
+from triton_syncbn.cpu import general, memory, small, statistics
 from triton_syncbn.cpu import layer as cpu_layer
-from triton_syncbn.cpu import memory, small, statistics
 from triton_syncbn.cpu import sums as cpu_sums
 from triton_syncbn.cpu.general import General
 from triton_syncbn.cpu.plain import Plain
@@ -153,6 +153,9 @@ def test_hard_data_is_exact(layout, dtype, map, data):
     assert not faults(example, training.train_steps("cpu", example))
 
 
+MEANS = (0.0, 2.0, 1e4)
+
+
 def with_means(first, others):
     input = random((4, 3, 100, 100), torch.float32, "cpu", "channels_last")
     values = input.permute(0, 2, 3, 1).view(-1, 3)
@@ -176,16 +179,64 @@ def test_first_values_may_be_unlike_the_others(means, before):
     assert ((total / count - mean).abs() <= 1e-6 * expected.sqrt()).all()
 
 
-@pytest.mark.parametrize("first", [0.0, 2.0, 1e4])
-@pytest.mark.parametrize("others", [0.0, 2.0, 1e4])
-def test_bits_do_not_hang_on_the_call_before(first, others):
-    input, _ = with_means(first, others)
-    found = []
-    for before in (0.0, 1e4, 0.0, 1e4):
-        cpu.moments(with_means(before, before)[0])
+def half_filled(value):
+    """Means of one deviation: whether they are near hangs on roundings."""
+    input = torch.zeros(4, 8, 32, 32)
+    input[:, :, :16] = value
+    return input.to(memory_format=torch.channels_last)
+
+
+def large(deviation):
+    """Squares that overflow in float32 where many are added up."""
+    input = 2e18 + deviation * torch.randn(4, 256, 16, 16)
+    return input.to(memory_format=torch.channels_last)
+
+
+HISTORIES = {
+    **{f"{first}, {others}": (with_means, first, others) for first in MEANS for others in MEANS},
+    **{f"half {value}": (half_filled, value) for value in (0.01, 0.1, 0.7, 1.3, 1.99)},
+    "large": (large, 1e14),
+}
+
+
+@pytest.mark.parametrize("data", HISTORIES)
+def test_bits_do_not_hang_on_the_call_before(data):
+    make, *values = HISTORIES[data]
+    torch.manual_seed(0)
+    input = make(*values)
+    input = input[0] if make is with_means else input
+    far = (torch.randn(input.shape) + 1e4).to(memory_format=torch.channels_last)
+    cpu_layer._ways.cache_clear()
+    found = [cpu.moments(input), cpu.moments(input)]
+    for before in (far, far - 1e4, far):
+        cpu.moments(before)
         found += [cpu.moments(input), cpu.moments(input)]
     assert all(torch.equal(moments, found[0]) for moments in found)
     assert {vars(moments)["is_near"] for moments in found} == {vars(found[0])["is_near"]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 256, 16, 16), (64, 40, 8, 8), (1024, 256)], ids=str)
+def test_squares_may_overflow(shape, layout):
+    torch.manual_seed(0)
+    input = lay_out(2e18 + 1e14 * torch.randn(shape), layout if len(shape) == 4 else LAYOUTS[0])
+    output = SyncBN(shape[1])(input)
+    exact = torch.nn.BatchNorm2d(shape[1], dtype=torch.float64)
+    expected = exact(input.double().view(*shape[:2], *(shape[2:] or (1, 1)))).view(shape)
+    assert oracle.relative_error(output.detach(), expected.detach()) <= 1e-6
+
+
+def test_far_means_are_guessed_after_the_first_call(way, monkeypatch):
+    passes = []
+    count = lambda *arguments: passes.append(1) or cpu_sums.add_up(*arguments)  # noqa: E731
+    monkeypatch.setattr(general, "add_up", count)
+    cpu_layer._ways.cache_clear()
+    taken = []
+    for mean in (0.0, 1e4, 1e4, 0.0):
+        passes.clear()
+        cpu.moments(with_means(mean, mean)[0])
+        taken.append(len(passes))
+    assert taken == ([0, 0, 0, 0] if way == "small" else [1, 2, 1, 1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

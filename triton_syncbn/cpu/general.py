@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .memory import blocks, constant, wide
-from .statistics import Statistics, are_near
+from .statistics import NEAR, Statistics, are_near
 from .sums import add_up
 
 GUESSED_FROM = 64  # values: a mean of so many is an eighth of a deviation away
@@ -25,7 +25,7 @@ class General:
         self.side_by_side = not is_contiguous or self.values == samples
         has_enough = dtype == torch.float32 and self.values >= GUESSED_FROM
         self.can_guess = self.side_by_side and has_enough
-        self.was_far = False  # whether means were, the last time; decides time, and no bit
+        self.were_far = False  # whether means ever were: decides time, and no bit
         self.per_channel = -1, *[1] * (len(shape) - 2)
         with torch.inference_mode(False):
             self.count = torch.full((1,), self.values, dtype=torch.float64, device="cpu")
@@ -35,7 +35,7 @@ class General:
         self.identity = zero, one, 0.0
 
     def sums(
-        self, input: Tensor, total: Tensor | None = None
+        self, input: Tensor, total: Tensor | None = None, may_guess: bool = True
     ) -> tuple[Tensor, Tensor, bool | None]:
         """sum(x) and sum(x**2); whether means are near, None if there are no values. total: the
         first sum, of float32, if it is known, and means are far.
@@ -44,17 +44,16 @@ class General:
         if these are far, else from what the first sum says.
         """
         values, guess = self.values, None
-        guesses_first = total is None and self.was_far
+        guesses_first = total is None and self.were_far and may_guess
         if guesses_first:
             guess = self._means_if_far(input)
         if total is None and guess is None:
             total, squares = add_up(None, input, None, self.dtype)
             is_near = are_near(total, squares, max(values, 1))
             if is_near or self.dtype == torch.float64:
-                self.was_far = False
                 return total, squares, is_near if values else None
             if self.can_guess:
-                self.was_far, guess = True, self._means_if_far(input)
+                self.were_far, guess = True, self._means_if_far(input)
         high = guess
         if high is None:
             assert total is not None
@@ -66,9 +65,9 @@ class General:
         shift = high.double()
         total = shift * values + rest
         squares = squares + shift * (rest + total)
-        if guesses_first and guess is not None and are_near(total, squares, values):
-            self.was_far = False
-            return self.sums(input)
+        if guesses_first and guess is not None and are_near(total, squares, values, 2 * NEAR):
+            # So near that only the sums themselves, which would have come first, may tell
+            return self.sums(input, may_guess=False)
         return total, squares, False
 
     def normalize(

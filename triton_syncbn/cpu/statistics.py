@@ -1,5 +1,6 @@
 """Mean and variance of the global batch, for the steps on a CPU."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from ..reference import NOISE_OF_VARIANCE
 NEAR = 1.0  # |mean| in deviations up to which float32 loses no more to it than a few roundings
 
 
-def are_near(total: Tensor, squares: Tensor, values: float) -> bool:
-    """Whether the means of all channels are near 0, by sum(x) and sum(x**2) of so many values."""
-    share = (1.0 + NEAR**-2) / values
-    return torch.addcmul(squares, total, total, value=-share).min().item() >= 0.0
+def are_near(total: Tensor, squares: Tensor, values: float, near: float = NEAR) -> bool:
+    """Whether the means of all channels are within `near` deviations of 0, by sum(x) and sum(x**2)
+    of so many values. Not where a sum of squares has overflowed.
+    """
+    share = (1.0 + near**-2) / values
+    least, most = torch.aminmax(torch.addcmul(squares, total, total, value=-share))
+    return least.item() >= 0.0 and most.item() < math.inf
 
 
 class Statistics:
