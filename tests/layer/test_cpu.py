@@ -217,7 +217,7 @@ def test_bits_do_not_hang_on_the_call_before(data):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 256, 16, 16), (64, 40, 8, 8), (1024, 256)], ids=str)
-def test_squares_may_overflow(shape, layout):
+def test_squares_may_overflow(shape, layout, plain_torch):
     torch.manual_seed(0)
     input = lay_out(2e18 + 1e14 * torch.randn(shape), layout if len(shape) == 4 else LAYOUTS[0])
     output = SyncBN(shape[1])(input)
