@@ -194,10 +194,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=100)
     options = vars(parser.parse_args(arguments))
     samples = options.pop("samples")
+    chosen = [
+        comparison
+        for comparison in COMPARISONS
+        if all(getattr(comparison, name) in values for name, values in options.items())
+    ]
+    if not chosen or samples < 1:
+        parser.error("expected a comparison that there is, and at least one sample")
     lines, all_reached = [], True
-    for comparison in COMPARISONS:
-        if any(getattr(comparison, name) not in chosen for name, chosen in options.items()):
-            continue
+    for comparison in chosen:
         print(comparison, flush=True)
         rows = middle(comparison, samples)
         for row in rows:
