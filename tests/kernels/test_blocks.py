@@ -133,6 +133,28 @@ def test_float32_is_as_exact_as_torchs_operators(activation, layout, residual, d
         assert mine <= theirs, name
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_arguments_of_an_activation(activation, device):
+    """exp overflows at 88.7, and what corrects it must not make a NaN of that."""
+    ends = torch.tensor([60.0, 87.0, 88.0, 88.5, 88.8, 90.0, 103.0, 105.0, 200.0, 1e4, 1e30])
+    z = torch.cat([-ends, ends, torch.tensor([0.0, 1e-30])]).view(1, 1, 3, 8).to(device)
+    frozen = RunningStatistics(torch.zeros(1, device=device), torch.ones(1, device=device))
+    block = BlockOperands(activation, SLOPE, None, None)
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(interpreter.products_added_as_on_a_gpu())
+        settings = {"eps": 0.0, "running": frozen}
+        output = kernel("normalize", device)(z, None, None, None, **settings, block=block)
+        grad = kernel("grad_input", device)(
+            torch.ones_like(z), z, None, None, None, 0.0, block._replace(running=frozen)
+        )
+    exact = z.cpu().double().requires_grad_()
+    expected = blocks.ACTIVATIONS[activation](exact)
+    expected.sum().backward()
+    torch.testing.assert_close(output.cpu().double(), expected.detach(), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(grad.cpu().double(), exact.grad, rtol=1e-5, atol=1e-30)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
