@@ -209,6 +209,7 @@ def few_variants() -> list[Variant]:
         Variant((0, 8, 4, 4), torch.float32),
         Variant(ALIGNED, torch.bfloat16, activation="relu", residual=True),
         Variant(ODD, torch.bfloat16, "channels_last", activation="silu", residual=True),
+        Variant(ODD, torch.float32, activation="silu"),
     ]
 
 
