@@ -56,6 +56,7 @@ def test_all_that_kernels_write_is_compared(outcomes):
         *(("grad_moments", what) for what in ("grad_weight", "grad_bias")),
         ("grad_input", "dx"),
         *(("normalize", "gates"), ("grad_moments", "sums of a block"), ("grad_input", "dresidual")),
+        *(("normalize", "y of an activation"), ("grad_input", "dx of an activation")),
     }
 
 
