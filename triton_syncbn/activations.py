@@ -66,7 +66,7 @@ def silu_derivative(z, slope):
     small = exp(where(z >= 0.0, -z, z))
     large = reciprocal(1.0 + small)
     sigmoid = where(z >= 0.0, large, small * large)
-    # 1 - sigmoid cancels; up to 2.5 that is less than what it takes off the error of sigmoid.
+    # 1 - sigmoid cancels where z is large; up to 2.5 its error makes up for that of sigmoid.
     rest = where(z > 2.5, small * large, 1.0 - sigmoid)
     return z * sigmoid * rest + sigmoid
 
